@@ -1,0 +1,135 @@
+"""Small frozen configs. Each component receives only its own; `engine/arg_utils.py` builds them from
+the arguments a user gives. Sizes are in tokens or bytes, as the field's name says.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mini_vllm.exceptions import ConfigError
+
+SchedulingPolicy = Literal["fcfs", "priority"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What one step may hold.
+
+    max_num_batched_tokens: the token budget of a step.
+    max_num_seqs: requests that may be running at once.
+    long_prefill_token_threshold: tokens of one prompt per step at most; 0 is off.
+    policy: 'fcfs', or 'priority' (a lower number goes first, then earlier arrival).
+    max_model_len: a request ends at this many tokens; None is unlimited (toy engine).
+    same_step_prefix_sharing: let a request admitted in a step read prefix blocks that the same step writes.
+    """
+
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    long_prefill_token_threshold: int = 0
+    policy: SchedulingPolicy = "fcfs"
+    max_model_len: int | None = None
+    same_step_prefix_sharing: bool = True
+
+    def __post_init__(self) -> None:
+        _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _require_at_least("max_num_seqs", self.max_num_seqs, 1)
+        _require_at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        if self.policy not in ("fcfs", "priority"):
+            raise ConfigError(f"scheduling_policy: must be 'fcfs' or 'priority', got {self.policy!r}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How large the KV cache is and whether prefixes are kept.
+
+    Exactly one of these decides the size, in this order: `num_gpu_blocks_override` (blocks),
+    `kv_cache_memory_bytes`, `gpu_memory_utilization` (share of the device's free memory; on a CPU, of
+    what the machine or its cgroup still has free after the weights).
+    """
+
+    block_size: int = DEFAULT_BLOCK_SIZE
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_at_least("block_size", self.block_size, 1)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.kv_cache_memory_bytes is not None:
+            _require_at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        if self.num_gpu_blocks_override is not None:
+            _require_at_least("num_gpu_blocks_override", self.num_gpu_blocks_override, 2)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and in what precision.
+
+    model: folder that holds config.json and the weights.
+    hf_config: the parsed `mini_vllm.hf_config.HFConfig`.
+    dtype: resolved torch dtype name ('float32', 'bfloat16', 'float16'), never 'auto'.
+    max_model_len: resolved limit in tokens; None means 'auto' until the pool is sized.
+    tokenizer_vocab_size: ids above this are masked, since no token stands behind them; None masks nothing.
+    """
+
+    model: str
+    hf_config: Any
+    dtype: str
+    max_model_len: int | None
+    tokenizer: str | None = None
+    tokenizer_vocab_size: int | None = None
+    served_model_name: str | None = None
+    quantization: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Where weights come from: 'auto'/'safetensors' read the folder, 'dummy' makes random ones."""
+
+    load_format: LoadFormat = "auto"
+    use_tqdm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.load_format not in ("auto", "safetensors", "dummy"):
+            raise ConfigError(f"load_format: must be 'auto', 'safetensors' or 'dummy', got {self.load_format!r}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Ranks. Only 1 exists so far; the layers are already written in shapes per rank."""
+
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(f"tensor_parallel_size: only 1 is supported so far, got {self.tensor_parallel_size}")
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where tensors live and how many CPU threads compute; None leaves both to the platform."""
+
+    device: str = "auto"
+    num_threads: int | None = None
+    attention_backend: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All of the above, for the one place that builds an engine."""
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+def _require_at_least(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}: must be an integer of at least {minimum}, got {value!r}")

@@ -1,0 +1,381 @@
+"""One token budget per step: decides how far every request may advance.
+
+There are no phases. A request is behind by `num_tokens - num_computed_tokens`; a step gives it as many of
+these as budget, threshold and memory allow, running requests first, then waiting ones. Chunked prefill,
+prefix hits and resumption after a preemption are this one rule. `num_computed_tokens` advances when
+the plan is made, so the next plan does not have to wait for this one's results.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from mini_vllm.config import SchedulerConfig
+from mini_vllm.core.interfaces import AdmissionRule
+from mini_vllm.core.kv_cache_manager import KVCacheManager
+from mini_vllm.core.policy import make_queue
+from mini_vllm.core.scheduler_output import (
+    BlockIds,
+    EngineCoreOutput,
+    ModelRunnerOutput,
+    NewRequestData,
+    SchedulerOutput,
+    SchedulerStats,
+)
+from mini_vllm.request import Request, RequestStatus, WaitingReason
+
+
+class Scheduler:
+    """Turns requests into plans and results into progress.
+
+    requests: every unfinished request by id. running: those holding blocks, in order of admission.
+    waiting: the others, in the order in which they will be admitted. A request is in exactly one of the two.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVCacheManager,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rules: Sequence[AdmissionRule] = (),
+    ) -> None:
+        self.config = config
+        self.kv = kv
+        self.clock = clock
+        self.rules = tuple(rules)
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.waiting = make_queue(config.policy)
+        self.num_preemptions = 0
+        self._step_id = 0
+        self._finished_req_ids: list[str] = []
+        self._undone_req_ids: list[str] = []
+        self._failures: list[EngineCoreOutput] = []
+
+    # -- requests in and out -----------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Queue a validated request. Raises ValueError for an id that is still alive."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id: {request.request_id!r} is already in use")
+        self.requests[request.request_id] = request
+        self.waiting.add(request)
+
+    def finish_requests(self, request_ids: Iterable[str], status: RequestStatus) -> list[Request]:
+        """End requests wherever they are (abort, stop string). Unknown and finished ids are ignored."""
+        finished = [self.requests[rid] for rid in dict.fromkeys(request_ids) if rid in self.requests]
+        for request in finished:
+            self._finish(request, status)
+        self._drop_finished_from_running()
+        return finished
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything, be it only to report failures or tell workers of ended requests."""
+        return bool(self.requests or self._failures or self._finished_req_ids)
+
+    def _finish(self, request: Request, status: RequestStatus) -> None:
+        if request.status is not RequestStatus.RUNNING and not request.is_finished:
+            self.waiting.remove(request)
+        request.status = status
+        self._release(request)
+        del self.requests[request.request_id]
+        self._finished_req_ids.append(request.request_id)
+
+    def _release(self, request: Request) -> None:
+        for rule in self.rules:
+            rule.refund(request)
+        self.kv.free(request)
+
+    def _fail(self, request: Request, message: str) -> None:
+        """End one request with an error of its own; its blocks of this step were never (well) written."""
+        request.error = message
+        self.kv.forget_unwritten(request)
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        self._finish(request, RequestStatus.FINISHED_ERROR)
+        self._failures.append(self._news(request, []))
+
+    def _drop_finished_from_running(self) -> None:
+        self.running = [request for request in self.running if not request.is_finished]
+
+    # -- the plan ----------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Plan one step. The sum of scheduled tokens never exceeds `max_num_batched_tokens`."""
+        self._step_id += 1
+        plan = SchedulerOutput(step_id=self._step_id)
+        budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
+        if plan.preempted_req_ids:
+            self._head_waits(WaitingReason.PREEMPTION)
+        else:
+            budget = self._schedule_waiting(plan, budget)
+        plan.total_num_scheduled_tokens = self.config.max_num_batched_tokens - budget
+        plan.preempted_req_ids += self._undone_req_ids
+        plan.finished_req_ids = self._finished_req_ids
+        self._undone_req_ids = []
+        self._finished_req_ids = []
+        return plan
+
+    def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
+        """First pass: those already running, in order of admission. Returns the budget left."""
+        for request in tuple(self.running):
+            if budget == 0:
+                break
+            if request.status is not RequestStatus.RUNNING:
+                continue  # gave way to a request before it
+            num_new = self._clamp(request, request.num_computed_tokens, budget)[0]
+            if num_new == 0:
+                continue
+            block_ids = self.kv.allocate_slots(request, num_new)
+            while block_ids is None:
+                if not self.kv.can_ever_fit(request.num_tokens):
+                    self._fail(request, self._outgrown(request))
+                    break
+                victim = self.waiting.pick_victim(self.running)
+                budget += self._preempt(victim, plan)
+                if victim is request:
+                    break
+                block_ids = self.kv.allocate_slots(request, num_new)
+            if block_ids is not None:
+                self._commit_running(request, num_new, block_ids, plan)
+                budget -= num_new
+        return budget
+
+    def _schedule_waiting(self, plan: SchedulerOutput, budget: int) -> int:
+        """Second pass: admit from the head of the queue until something runs out. Returns the budget left."""
+        while self.waiting:
+            if len(self.running) >= self.config.max_num_seqs:
+                self._head_waits(WaitingReason.MAX_NUM_SEQS)
+                break
+            if budget == 0:
+                self._head_waits(WaitingReason.TOKEN_BUDGET)
+                break
+            request = self.waiting.peek()
+            if not self.kv.can_ever_fit(request.num_tokens):
+                self._fail(request, self._outgrown(request))
+                continue
+            blocks, num_cached = self.kv.get_computed_blocks(request)
+            num_new, why = self._clamp(request, num_cached, budget)
+            if num_new == 0:
+                self._head_waits(WaitingReason.RULE, why)
+                break
+            request.num_computed_tokens = num_cached
+            if self.kv.allocate_slots(request, num_new, blocks) is None:
+                request.num_computed_tokens = 0
+                self._head_waits(WaitingReason.KV_CACHE_FULL)
+                break
+            self._admit(self.waiting.pop(), num_new, plan)
+            budget -= num_new
+        return budget
+
+    def _clamp(self, request: Request, start: int, budget: int) -> tuple[int, str]:
+        """(tokens this request may compute from position `start`, which rule made it fewer)."""
+        num_new = request.num_tokens_with_spec + request.num_output_placeholders - start
+        threshold = self.config.long_prefill_token_threshold
+        if 0 < threshold < num_new:
+            num_new = threshold
+        num_new = min(num_new, budget)
+        why = ""
+        for rule in self.rules:
+            allowed, reason = rule.clamp(request, start, num_new)
+            if allowed < num_new:
+                num_new, why = max(allowed, 0), reason
+        return num_new, why
+
+    def _commit_running(self, request: Request, num_new: int, block_ids: BlockIds, plan: SchedulerOutput) -> None:
+        request_id = request.request_id
+        cached = plan.cached_reqs
+        cached.req_ids.append(request_id)
+        cached.num_computed_tokens.append(request.num_computed_tokens)
+        if any(block_ids):
+            cached.new_block_ids[request_id] = block_ids
+        self._commit(request, num_new, plan)
+
+    def _admit(self, request: Request, num_new: int, plan: SchedulerOutput) -> None:
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.kv.record_prefix_lookup(request.num_tokens, request.num_computed_tokens)
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        plan.new_reqs.append(self._new_request_data(request))
+        self._commit(request, num_new, plan)
+
+    def _commit(self, request: Request, num_new: int, plan: SchedulerOutput) -> None:
+        for rule in self.rules:
+            rule.commit(request, request.num_computed_tokens, num_new)
+        plan.num_scheduled_tokens[request.request_id] = num_new
+        plan.epochs[request.request_id] = request.epoch
+        request.num_computed_tokens += num_new
+
+    def _new_request_data(self, request: Request) -> NewRequestData:
+        return NewRequestData(
+            req_id=request.request_id,
+            token_ids=list(request.all_token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling_params=request.sampling_params,
+            block_ids=self.kv.block_ids(request.request_id),
+            num_computed_tokens=request.num_computed_tokens,
+            lora_name=request.lora_request.lora_name if request.lora_request else None,
+            mm_features=list(request.mm_features),
+        )
+
+    # -- giving way --------------------------------------------------------------------------------------
+
+    def _preempt(self, request: Request, plan: SchedulerOutput) -> int:
+        """Back to the queue, to be recomputed; outputs are kept. Returns the budget it had taken in this plan."""
+        refund = plan.num_scheduled_tokens.pop(request.request_id, 0)
+        if refund:
+            self._unschedule(request.request_id, plan)
+        self._to_waiting(request)
+        plan.preempted_req_ids.append(request.request_id)
+        return refund
+
+    @staticmethod
+    def _unschedule(request_id: str, plan: SchedulerOutput) -> None:
+        """Only running requests are ever preempted, so only deltas have to be taken back."""
+        del plan.epochs[request_id]
+        index = plan.cached_reqs.req_ids.index(request_id)
+        del plan.cached_reqs.req_ids[index]
+        del plan.cached_reqs.num_computed_tokens[index]
+        plan.cached_reqs.new_block_ids.pop(request_id, None)
+
+    def _to_waiting(self, request: Request) -> None:
+        self.running.remove(request)
+        self.kv.forget_unwritten(request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.num_output_placeholders = 0
+        request.spec_token_ids = []
+        request.num_preemptions += 1
+        request.epoch += 1
+        request.status = RequestStatus.PREEMPTED
+        request.waiting_reason = WaitingReason.PREEMPTED
+        request.waiting_detail = ""
+        self.num_preemptions += 1
+        self.waiting.requeue(request)
+
+    def undo_step(self, plan: SchedulerOutput) -> None:
+        """The plan was not executed (an interrupt): its requests go back to the queue as if preempted."""
+        self.repeat_departures(plan)
+        for request_id in reversed(plan.num_scheduled_tokens):
+            request = self.requests.get(request_id)
+            if request is not None and request.status is RequestStatus.RUNNING:
+                self._to_waiting(request)
+                self._undone_req_ids.append(request_id)
+
+    def repeat_departures(self, plan: SchedulerOutput) -> None:
+        """A worker may not have seen this plan: tell it again who left (dropping a row twice is harmless)."""
+        self._finished_req_ids = plan.finished_req_ids + self._finished_req_ids
+        self._undone_req_ids = plan.preempted_req_ids + self._undone_req_ids
+
+    def _outgrown(self, request: Request) -> str:
+        return (
+            f"the request has {request.num_tokens} tokens and needs {self.kv.num_blocks_for(request.num_tokens)} KV "
+            f"cache blocks of {self.kv.block_size} tokens, but the whole pool has {self.kv.block_pool.num_usable_blocks}"
+        )
+
+    # -- results -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def needs_sample(request: Request) -> bool:
+        """After `schedule()`: whether this step's tokens bring the request level, so that it samples one."""
+        return request.num_computed_tokens >= request.num_tokens
+
+    def update_from_output(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
+        """Append sampled tokens, end what is done, and report. Results of an earlier life are dropped."""
+        for request_id, message in result.errors.items():
+            request = self._alive(request_id, plan)
+            if request is not None:
+                self._fail(request, message)
+        self.kv.confirm_step()
+        outputs = []
+        any_finished = False
+        for request_id, token_ids in zip(result.req_ids, result.sampled_token_ids, strict=True):
+            request = self._alive(request_id, plan)
+            if request is None or not token_ids:
+                continue
+            outputs.append(self._append_tokens(request, token_ids, result))
+            any_finished |= request.is_finished
+        if any_finished:
+            self._drop_finished_from_running()
+        outputs += self._failures
+        self._failures = []
+        return outputs
+
+    def _alive(self, request_id: str, plan: SchedulerOutput) -> Request | None:
+        request = self.requests.get(request_id)
+        if request is None or request.epoch != plan.epochs.get(request_id):
+            return None
+        return request
+
+    def _append_tokens(self, request: Request, token_ids: list[int], result: ModelRunnerOutput) -> EngineCoreOutput:
+        kept = []
+        for token_id in token_ids:
+            request.append_output_token(token_id)
+            kept.append(token_id)
+            if request.maybe_finish():
+                self._finish(request, request.status)
+                break
+        news = self._news(request, kept)
+        if result.logprobs:
+            news.logprobs = result.logprobs.get(request.request_id)
+        if result.prompt_logprobs:
+            news.prompt_logprobs = result.prompt_logprobs.get(request.request_id)
+        return news
+
+    @staticmethod
+    def _news(request: Request, new_token_ids: list[int]) -> EngineCoreOutput:
+        return EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=new_token_ids,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            error=request.error,
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+            num_preemptions=request.num_preemptions,
+        )
+
+    # -- looking in --------------------------------------------------------------------------------------
+
+    def _head_waits(self, reason: WaitingReason, detail: str = "") -> None:
+        """Remember why the head of the queue waits; those behind it wait for it."""
+        if not self.waiting:
+            return
+        head = self.waiting.peek()
+        if head.waiting_reason is not reason or head.waiting_detail != detail:
+            head.waiting_reason = reason
+            head.waiting_detail = detail
+
+    def waiting_reasons(self) -> dict[str, str]:
+        """Why each waiting request waits, in queue order. Worked out when asked, not every step."""
+        reasons: dict[str, str] = {}
+        for position, request in enumerate(self.waiting):
+            if position == 0 or request.waiting_reason is WaitingReason.PREEMPTED:
+                detail = f": {request.waiting_detail}" if request.waiting_detail else ""
+                reasons[request.request_id] = f"{request.waiting_reason}{detail}"
+            else:
+                reasons[request.request_id] = str(WaitingReason.BEHIND_HEAD)
+        return reasons
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            step_id=self._step_id,
+            num_running_reqs=len(self.running),
+            num_waiting_reqs=len(self.waiting),
+            kv_cache_usage=self.kv.usage,
+            num_preemptions=self.num_preemptions,
+            prefix_cache_queries=self.kv.prefix_cache_queries,
+            prefix_cache_hits=self.kv.prefix_cache_hits,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a request is lost, doubled, or holds blocks it should not. For idle moments."""
+        running = [request.request_id for request in self.running]
+        waiting = [request.request_id for request in self.waiting]
+        assert len(set(running)) == len(running) and len(set(waiting)) == len(waiting), "a request is doubled"
+        assert sorted(running + waiting) == sorted(self.requests), "a request is lost"
+        assert all(request.status is RequestStatus.RUNNING for request in self.running), "status and list differ"
+        self.kv.check_integrity(running)

@@ -1,0 +1,146 @@
+"""The plan of one step and what came of it: plain data, nothing else.
+
+`SchedulerOutput` is all that a worker, a tensor-parallel rank, the simulator or a trace is told.
+Full data travels once (`new_reqs`, on first admission and on resumption after a preemption), deltas after
+that. Everything here survives a msgspec round trip.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mini_vllm.sampling_params import SamplingParams
+
+BlockIds = tuple[list[int], ...]
+"""One list of physical block ids per KV cache group."""
+
+
+@dataclass
+class NewRequestData:
+    """A request the worker does not hold (new, or resumed after a preemption)."""
+
+    req_id: str
+    token_ids: list[int]
+    """Prompt and, after a preemption, the output so far."""
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    block_ids: BlockIds
+    num_computed_tokens: int
+    """Before this step; more than 0 on a prefix-cache hit."""
+    lora_name: str | None = None
+    mm_features: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class CachedRequestData:
+    """Deltas for requests the worker holds already, as parallel lists in plan order."""
+
+    req_ids: list[str] = field(default_factory=list)
+    num_computed_tokens: list[int] = field(default_factory=list)
+    """Before this step."""
+    new_block_ids: dict[str, BlockIds] = field(default_factory=dict)
+    """Blocks to append to the table; only requests that got any have an entry."""
+    new_token_ids: dict[str, list[int]] = field(default_factory=dict)
+    """Tokens the worker cannot know by itself (none when it sampled them)."""
+
+
+@dataclass
+class BlockCopy:
+    """Copy one physical block of a group onto another before the step writes anything."""
+
+    group: int
+    source: int
+    destination: int
+
+
+@dataclass
+class SchedulerOutput:
+    """How far each request may advance in one step. Obeyed by everything, changed by nobody."""
+
+    step_id: int = 0
+    new_reqs: list[NewRequestData] = field(default_factory=list)
+    cached_reqs: CachedRequestData = field(default_factory=CachedRequestData)
+    num_scheduled_tokens: dict[str, int] = field(default_factory=dict)
+    """In batch order: running requests first, then the newly admitted."""
+    total_num_scheduled_tokens: int = 0
+    epochs: dict[str, int] = field(default_factory=dict)
+    """`Request.epoch` when planned; a result of another epoch is dropped."""
+    spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
+    encoder_inputs: dict[str, list[int]] = field(default_factory=dict)
+    free_encoder_hashes: list[str] = field(default_factory=list)
+    block_copies: list[BlockCopy] = field(default_factory=list)
+    forks: dict[str, list[str]] = field(default_factory=dict)
+    finished_req_ids: list[str] = field(default_factory=list)
+    """Ended since the previous plan: the worker drops their rows."""
+    preempted_req_ids: list[str] = field(default_factory=list)
+    kv_connector_meta: Any = None
+
+
+@dataclass
+class KVConnectorOutput:
+    """What a KV connector's worker half has to report."""
+
+    finished_sending: list[str] = field(default_factory=list)
+    finished_recving: list[str] = field(default_factory=list)
+    invalid_block_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class ModelRunnerOutput:
+    """What one step produced, keyed by position in `req_ids`."""
+
+    req_ids: list[str] = field(default_factory=list)
+    sampled_token_ids: list[list[int]] = field(default_factory=list)
+    """Ragged: none for a request in mid-prefill, 1 for a decode, up to k+1 under speculation."""
+    draft_token_ids: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, Any] = field(default_factory=dict)
+    prompt_logprobs: dict[str, Any] = field(default_factory=dict)
+    pooler_output: dict[str, Any] = field(default_factory=dict)
+    kv_connector_output: KVConnectorOutput | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    """A row that could not be computed (say, no token allowed) fails its request alone."""
+    expert_load: list[list[int]] | None = None
+
+
+@dataclass
+class EngineCoreOutput:
+    """News of one request for the shell that owns its text."""
+
+    request_id: str
+    new_token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    logprobs: Any = None
+    prompt_logprobs: Any = None
+    pooler_output: Any = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class SchedulerStats:
+    """The gauges and counters of one step (vLLM's names where it has them)."""
+
+    step_id: int = 0
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    kv_cache_usage: float = 0.0
+    num_scheduled_tokens: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens looked up since the start."""
+    prefix_cache_hits: int = 0
+    """Tokens found since the start."""
+
+
+@dataclass
+class EngineCoreOutputs:
+    """Everything one `EngineCore.step()` reports."""
+
+    outputs: list[EngineCoreOutput] = field(default_factory=list)
+    stats: SchedulerStats = field(default_factory=SchedulerStats)

@@ -1,0 +1,48 @@
+"""Every error a caller can cause, as a type that can be caught.
+
+All of them derive from `MiniVLLMError`. Those that a wrong argument causes are also `ValueError`s, so
+that code written for other engines keeps working. Messages name the field and the limit.
+"""
+
+
+class MiniVLLMError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InvalidParameterError(MiniVLLMError, ValueError):
+    """A field of a request or of a configuration is out of range.
+
+    `field` is the name the caller used, so that a server can return it as `param`.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class PromptTooLongError(InvalidParameterError):
+    """The prompt does not fit the model's context or the KV cache pool."""
+
+
+class ConfigError(MiniVLLMError, ValueError):
+    """The engine cannot be built from these arguments on this machine."""
+
+
+class KVCacheTooSmallError(ConfigError):
+    """Not even one request of `max_model_len` tokens fits the KV cache."""
+
+
+class CheckpointError(MiniVLLMError, ValueError):
+    """A checkpoint is missing, truncated, mis-shaped or names files outside its folder."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is sound, but its architecture (or an option of it) is not implemented."""
+
+
+class RequestError(MiniVLLMError, RuntimeError):
+    """One request failed inside the engine; the others go on."""
+
+
+class EngineDeadError(MiniVLLMError, RuntimeError):
+    """The engine stopped and cannot serve any more."""

@@ -1,0 +1,189 @@
+"""A request is two counters, `num_computed_tokens` chasing `num_tokens`.
+
+`Request` is the core's own mutable record of one sequence. There is no prefill or decode flag: a request
+whose gap is large is prefilling, one whose gap is 1 is decoding, and one that was preempted has its
+computed counter back at 0. Only the scheduler writes these fields.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mini_vllm.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.IntEnum):
+    """Where a request is in its life. The order is logic: everything after PREEMPTED is finished."""
+
+    WAITING = enum.auto()
+    WAITING_FOR_GRAMMAR = enum.auto()
+    WAITING_FOR_REMOTE_KVS = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_LENGTH_CAPPED = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+    FINISHED_ERROR = enum.auto()
+
+    FINISHED_LENGTH = FINISHED_LENGTH_CAPPED
+
+    @property
+    def is_finished(self) -> bool:
+        return self > RequestStatus.PREEMPTED
+
+
+FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: "stop",
+    RequestStatus.FINISHED_LENGTH_CAPPED: "length",
+    RequestStatus.FINISHED_ABORTED: "abort",
+    RequestStatus.FINISHED_ERROR: "error",
+}
+"""What the API calls each way to end."""
+
+
+class WaitingReason(enum.StrEnum):
+    """Why a request waits; stored when it changes, never rescanned."""
+
+    NOT_TRIED = "not tried yet"
+    BEHIND_HEAD = "behind the head of the queue"
+    TOKEN_BUDGET = "token budget of the step spent (max_num_batched_tokens)"
+    MAX_NUM_SEQS = "batch full (max_num_seqs)"
+    KV_CACHE_FULL = "no free KV cache blocks"
+    PREEMPTION = "running requests were preempted this step"
+    PREEMPTED = "preempted, to be recomputed"
+    RULE = "held back by an admission rule"
+    GRAMMAR = "grammar still compiling"
+    REMOTE_KVS = "waiting for remote KV"
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """The adapter a request uses. Name and load epoch are part of its block hashes."""
+
+    lora_name: str
+    lora_path: str
+    load_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class MultiModalFeature:
+    """One image (or other input) of a prompt: content hash and the prompt positions it fills."""
+
+    content_hash: str
+    offset: int
+    length: int
+    data: Any = None
+
+
+class Request:
+    """One sequence inside the core.
+
+    num_tokens: prompt plus output tokens known so far.
+    num_computed_tokens: tokens whose KV the plans made so far cover; advances in `schedule()`.
+    num_output_placeholders: tokens scheduled whose value has not come back yet (asynchronous mode).
+    epoch: counts preemptions, so that results of an earlier life are dropped.
+    """
+
+    __slots__ = (
+        "request_id", "prompt_token_ids", "sampling_params", "pooling_params", "eos_token_id", "arrival_time",
+        "priority", "max_model_len", "max_tokens", "cache_salt", "lora_request", "mm_features", "kv_transfer_params",
+        "status", "all_token_ids", "output_token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens",
+        "num_cached_tokens", "num_output_placeholders", "spec_token_ids", "num_preemptions", "epoch", "stop_reason",
+        "error", "waiting_reason", "waiting_detail", "block_hashes", "stop_ids", "new_to_worker",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        eos_token_id: int | None = None,
+        arrival_time: float = 0.0,
+        priority: int = 0,
+        max_model_len: int | None = None,
+        cache_salt: str | None = None,
+        lora_request: LoRARequest | None = None,
+        mm_features: Sequence[MultiModalFeature] = (),
+        pooling_params: Any = None,
+        kv_transfer_params: dict[str, Any] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.sampling_params = sampling_params
+        self.pooling_params = pooling_params
+        self.eos_token_id = eos_token_id
+        self.arrival_time = arrival_time
+        self.priority = priority
+        self.max_model_len = max_model_len
+        self.max_tokens = sampling_params.max_tokens
+        self.cache_salt = cache_salt
+        self.lora_request = lora_request
+        self.mm_features = mm_features
+        self.kv_transfer_params = kv_transfer_params
+
+        self.status = RequestStatus.WAITING
+        self.all_token_ids = list(prompt_token_ids)
+        self.output_token_ids: list[int] = []
+        self.num_prompt_tokens = len(self.all_token_ids)
+        self.num_tokens = self.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = -1  # not known before the first admission
+        self.num_output_placeholders = 0
+        self.spec_token_ids: list[int] = []
+        self.num_preemptions = 0
+        self.epoch = 0
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self.waiting_reason = WaitingReason.NOT_TRIED
+        self.waiting_detail = ""
+        self.block_hashes: list[bytes] = []
+        self.stop_ids = frozenset(sampling_params.stop_token_ids)
+        self.new_to_worker = True
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens_with_spec(self) -> int:
+        return self.num_tokens + len(self.spec_token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status > RequestStatus.PREEMPTED
+
+    @property
+    def finish_reason(self) -> str | None:
+        """'stop', 'length', 'abort' or 'error'; None while unfinished."""
+        return FINISH_REASONS.get(self.status)
+
+    def append_output_token(self, token_id: int) -> None:
+        self.output_token_ids.append(token_id)
+        self.all_token_ids.append(token_id)
+        self.num_tokens += 1
+
+    def maybe_finish(self) -> bool:
+        """Check the newest token: end of sequence first, then stop ids, then length (so a tie is 'stop')."""
+        params = self.sampling_params
+        last = self.all_token_ids[-1]
+        if last == self.eos_token_id and not params.ignore_eos:
+            self.status = RequestStatus.FINISHED_STOPPED
+        elif last in self.stop_ids:
+            self.status = RequestStatus.FINISHED_STOPPED
+            self.stop_reason = last
+        elif self._reached_length():
+            self.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        return self.is_finished
+
+    def _reached_length(self) -> bool:
+        if self.max_tokens is not None and len(self.output_token_ids) >= self.max_tokens:
+            return True
+        return self.max_model_len is not None and self.num_tokens >= self.max_model_len
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id!r}, {self.status.name}, computed={self.num_computed_tokens}, "
+            f"tokens={self.num_tokens})"
+        )
