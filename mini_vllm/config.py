@@ -3,12 +3,12 @@ the arguments a user gives. Sizes are in tokens or bytes, as the field's name sa
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mini_vllm.exceptions import ConfigError
 
 SchedulingPolicy = Literal["fcfs", "priority"]
-LoadFormat = Literal["auto", "safetensors", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DEFAULT_BLOCK_SIZE = 16
 
 
@@ -88,14 +88,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Where weights come from: 'auto'/'safetensors' read the folder, 'dummy' makes random ones."""
+    """Where weights come from: 'auto'/'safetensors' read the folder, 'gguf' a file, 'dummy' makes random ones."""
 
     load_format: LoadFormat = "auto"
     use_tqdm: bool = True
 
     def __post_init__(self) -> None:
-        if self.load_format not in ("auto", "safetensors", "dummy"):
-            raise ConfigError(f"load_format: must be 'auto', 'safetensors' or 'dummy', got {self.load_format!r}")
+        if self.load_format not in get_args(LoadFormat):
+            raise ConfigError(
+                f"load_format: must be one of {', '.join(get_args(LoadFormat))}, got {self.load_format!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,15 @@ class LoRARequest:
 
 @dataclass(frozen=True)
 class MultiModalFeature:
-    """One image (or other input) of a prompt: content hash and the prompt positions it fills."""
+    """One image (or other input) of a prompt: content hash and the prompt positions it fills.
+
+    is_embed: which of these positions take an embedding (the others are markers); None means all.
+    """
 
     content_hash: str
     offset: int
     length: int
+    is_embed: tuple[bool, ...] | None = None
     data: Any = None
 
 
@@ -82,7 +86,8 @@ class Request:
     num_tokens: prompt plus output tokens known so far.
     num_computed_tokens: tokens whose KV the plans made so far cover; advances in `schedule()`.
     num_output_placeholders: tokens scheduled whose value has not come back yet (asynchronous mode).
-    epoch: counts preemptions, so that results of an earlier life are dropped.
+    epoch: which life this is, unique in its scheduler and new after each preemption, so that results of an
+        earlier life (or of an aborted request with the same id) are dropped.
     """
 
     __slots__ = (

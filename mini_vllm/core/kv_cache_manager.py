@@ -19,6 +19,9 @@ from mini_vllm.request import Request
 ComputedBlocks = tuple[list[KVCacheBlock], ...]
 """Cached blocks of a prompt, one list per KV group, all of the same length."""
 
+_NEVER_AGAIN = 2**62
+"""In place of a number of cached blocks: whatever this request writes from here on is not made findable."""
+
 
 class KVCacheManager:
     """Owns every block table.
@@ -101,8 +104,12 @@ class KVCacheManager:
         return [block for block in blocks if block is not None]
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes, whether their blocks are in use or not."""
+        """Forget all cached prefixes, whether their blocks are in use or not.
+
+        What living requests go on writing stays unfindable too: it continues a prefix from before.
+        """
         self.block_pool.reset_prefix_cache()
+        self._num_cached_blocks = dict.fromkeys(self._num_cached_blocks, _NEVER_AGAIN)
         self._provisional.clear()
         self._deferred.clear()
 
@@ -188,7 +195,10 @@ class KVCacheManager:
             copies += [BlockCopy(group, table[num_full].block_id, block.block_id) for block in fresh]
             tables.append(shared + fresh)
         self._tables[child.request_id] = tuple(tables)
-        self._num_cached_blocks[child.request_id] = min(self._num_cached_blocks[parent.request_id], num_full)
+        num_cached = self._num_cached_blocks[parent.request_id]
+        if num_cached != _NEVER_AGAIN:
+            num_cached = min(num_cached, num_full)
+        self._num_cached_blocks[child.request_id] = num_cached
         child.num_computed_tokens = parent.num_computed_tokens
         child.block_hashes = parent.block_hashes[:num_full]
         return copies
@@ -221,13 +231,13 @@ class KVCacheManager:
         self._deferred.clear()
         self._provisional.clear()
 
-    def forget_unwritten(self, request: Request) -> None:
+    def forget_unwritten(self, request_id: str) -> None:
         """The step will not write (or did not write) this request's blocks: nobody may find them.
 
-        Call before `free`.
+        Also for a request that was freed since the plan was made.
         """
-        self._deferred.pop(request.request_id, None)
-        for block in self._provisional.pop(request.request_id, ()):
+        self._deferred.pop(request_id, None)
+        for block in self._provisional.pop(request_id, ()):
             self.block_pool.uncache(block)
 
     # -- checks ------------------------------------------------------------------------------------------

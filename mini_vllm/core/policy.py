@@ -72,20 +72,28 @@ class FCFSQueue:
 
 
 class PriorityQueue:
-    """Lowest number first, then earliest arrival. The last by that order gives way; coming back is like joining."""
+    """Lowest number first, then earliest arrival; the last by that order gives way and comes back to its place.
+
+    Among equals (a simulated clock, a batch added at once) it is first come, first served.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, float, int, Request]] = []
         self._live: dict[str, int] = {}
-        self._ticket = 0
+        self._last_ticket = 0
+        self._first_ticket = 0
 
     def add(self, request: Request) -> None:
-        self._ticket += 1
-        self._live[request.request_id] = self._ticket
-        heapq.heappush(self._heap, (request.priority, request.arrival_time, self._ticket, request))
+        self._last_ticket += 1
+        self._push(request, self._last_ticket)
 
     def requeue(self, request: Request) -> None:
-        self.add(request)
+        self._first_ticket -= 1  # ahead of its equals, none of which has run since
+        self._push(request, self._first_ticket)
+
+    def _push(self, request: Request, ticket: int) -> None:
+        self._live[request.request_id] = ticket
+        heapq.heappush(self._heap, (request.priority, request.arrival_time, ticket, request))
 
     def peek(self) -> Request:
         self._drop_removed()
@@ -98,22 +106,28 @@ class PriorityQueue:
         return request
 
     def remove(self, request: Request) -> None:
-        # The heap entry stays behind without a live ticket and is dropped when it surfaces.
+        # The heap entry stays behind without a live ticket and is dropped when it surfaces, or when the dead prevail.
         self._live.pop(request.request_id, None)
+        if len(self._heap) > 2 * len(self._live) + 16:
+            self._heap = [entry for entry in self._heap if self._is_live(entry)]
+            heapq.heapify(self._heap)
+
+    def _is_live(self, entry: tuple[int, float, int, Request]) -> bool:
+        return self._live.get(entry[3].request_id) == entry[2]
 
     def _drop_removed(self) -> None:
-        while self._heap and self._live.get(self._heap[0][3].request_id) != self._heap[0][2]:
+        while self._heap and not self._is_live(self._heap[0]):
             heapq.heappop(self._heap)
 
     def pick_victim(self, running: Sequence[Request]) -> Request:
-        return max(running, key=lambda request: (request.priority, request.arrival_time))
+        return max(reversed(running), key=lambda request: (request.priority, request.arrival_time))
 
     def __len__(self) -> int:
         return len(self._live)
 
     def __iter__(self) -> Iterator[Request]:
         for entry in sorted(self._heap):
-            if self._live.get(entry[3].request_id) == entry[2]:
+            if self._is_live(entry):
                 yield entry[3]
 
 

@@ -48,6 +48,7 @@ class Scheduler:
         self.waiting = make_queue(config.policy)
         self.num_preemptions = 0
         self._step_id = 0
+        self._num_lives = 0
         self._finished_req_ids: list[str] = []
         self._undone_req_ids: list[str] = []
         self._failures: list[EngineCoreOutput] = []
@@ -58,8 +59,14 @@ class Scheduler:
         """Queue a validated request. Raises ValueError for an id that is still alive."""
         if request.request_id in self.requests:
             raise ValueError(f"request_id: {request.request_id!r} is already in use")
+        self._begin_life(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
+
+    def _begin_life(self, request: Request) -> None:
+        # Unique over all requests: a later request may have the id of one whose results are still under way.
+        self._num_lives += 1
+        request.epoch = self._num_lives
 
     def finish_requests(self, request_ids: Iterable[str], status: RequestStatus) -> list[Request]:
         """End requests wherever they are (abort, stop string). Unknown and finished ids are ignored."""
@@ -92,7 +99,7 @@ class Scheduler:
     def _fail(self, request: Request, message: str) -> None:
         """End one request with an error of its own; its blocks of this step were never (well) written."""
         request.error = message
-        self.kv.forget_unwritten(request)
+        self.kv.forget_unwritten(request.request_id)
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         self._finish(request, RequestStatus.FINISHED_ERROR)
@@ -244,13 +251,13 @@ class Scheduler:
 
     def _to_waiting(self, request: Request) -> None:
         self.running.remove(request)
-        self.kv.forget_unwritten(request)
+        self.kv.forget_unwritten(request.request_id)
         self._release(request)
         request.num_computed_tokens = 0
         request.num_output_placeholders = 0
         request.spec_token_ids = []
         request.num_preemptions += 1
-        request.epoch += 1
+        self._begin_life(request)
         request.status = RequestStatus.PREEMPTED
         request.waiting_reason = WaitingReason.PREEMPTED
         request.waiting_detail = ""
@@ -261,6 +268,7 @@ class Scheduler:
         """The plan was not executed (an interrupt): its requests go back to the queue as if preempted."""
         self.repeat_departures(plan)
         for request_id in reversed(plan.num_scheduled_tokens):
+            self.kv.forget_unwritten(request_id)
             request = self.requests.get(request_id)
             if request is not None and request.status is RequestStatus.RUNNING:
                 self._to_waiting(request)
@@ -272,9 +280,10 @@ class Scheduler:
         self._undone_req_ids = plan.preempted_req_ids + self._undone_req_ids
 
     def _outgrown(self, request: Request) -> str:
+        needed, there = self.kv.num_blocks_for(request.num_tokens), self.kv.block_pool.num_usable_blocks
         return (
-            f"the request has {request.num_tokens} tokens and needs {self.kv.num_blocks_for(request.num_tokens)} KV "
-            f"cache blocks of {self.kv.block_size} tokens, but the whole pool has {self.kv.block_pool.num_usable_blocks}"
+            f"the request has {request.num_tokens} tokens and needs {needed} KV cache blocks of "
+            f"{self.kv.block_size} tokens, but the whole pool has {there}"
         )
 
     # -- results -----------------------------------------------------------------------------------------
@@ -287,6 +296,7 @@ class Scheduler:
     def update_from_output(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Append sampled tokens, end what is done, and report. Results of an earlier life are dropped."""
         for request_id, message in result.errors.items():
+            self.kv.forget_unwritten(request_id)
             request = self._alive(request_id, plan)
             if request is not None:
                 self._fail(request, message)

@@ -1,0 +1,48 @@
+# Everything a new clone needs is python3 (3.11 to 3.13), make and a C compiler; all is installed into .venv.
+# `make demo` and `make test` do the set-up by themselves. Options: PYTHON=..., PYTEST_ARGS="...".
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := mini_vllm tests benchmarks training $(wildcard examples)
+PYTEST_ARGS ?=
+export VENV PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help env env-dev demo test lint format typecheck unit test-slow bench-step clean
+
+help:  ## Show this list
+	@echo "usage: make <target>"; echo
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  \1\t/' | expand -t 16
+
+env:
+	@scripts/setup_venv.sh run
+
+env-dev:
+	@scripts/setup_venv.sh dev
+
+demo: env  ## Complete several prompts at once with the bundled model (installs what is missing)
+	@$(BIN)/mini-vllm demo
+
+test: lint unit  ## Lint, type check, import contracts and the quick tests (installs what is missing)
+
+lint: env-dev  ## ruff, mypy and the import contracts
+	@echo "==> ruff check"; $(BIN)/ruff check $(SOURCES)
+	@echo "==> ruff format --check"; $(BIN)/ruff format --check $(SOURCES)
+	@echo "==> mypy"; $(BIN)/mypy
+	@echo "==> lint-imports"; $(BIN)/lint-imports
+
+format: env-dev  ## Format and apply the safe fixes of ruff
+	@$(BIN)/ruff check --fix $(SOURCES); $(BIN)/ruff format $(SOURCES)
+
+unit: env-dev
+	@echo "==> pytest"; $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: env-dev  ## The long tests: many random runs, large shapes
+	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+bench-step: env  ## Measure the cost of a step outside the model; writes benchmarks/results/
+	@$(BIN)/python benchmarks/step_cost.py
+
+clean:  ## Remove .venv, caches and build leftovers
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,363 @@
+"""From the arguments a user gives to the small configs the engine is built of.
+
+`EngineArgs` has vLLM's names and defaults; each field carries its help text and the section it is listed under, so
+that the command line is made from it. Nothing is accepted that does not act: an unknown name is refused with the
+nearest valid one, a vLLM argument that does not exist here yet is refused saying so.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mini_vllm.config import (
+    DEFAULT_BLOCK_SIZE,
+    CacheConfig,
+    DeviceConfig,
+    EngineConfig,
+    LoadConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from mini_vllm.exceptions import CheckpointError, ConfigError
+from mini_vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from mini_vllm.hf_config import HFConfig
+    from mini_vllm.text.tokenizer import Tokenizer
+
+logger = init_logger(__name__)
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "stdlib-llama-3.7m"
+"""The bundled model, used when no model is named."""
+
+_DTYPES = {
+    "auto": "auto",
+    "float32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+_VLLM_ARGUMENTS_NOT_HERE = frozenset(
+    """allowed_local_media_path api_server_count async_scheduling calculate_kv_scales code_revision
+    collect_detailed_traces compilation_config config_format cpu_offload_gb data_parallel_address
+    data_parallel_backend data_parallel_rank data_parallel_size decode_context_parallel_size
+    disable_cascade_attn disable_chunked_mm_input disable_custom_all_reduce disable_hybrid_kv_cache_manager
+    disable_sliding_window distributed_executor_backend download_dir enable_chunked_prefill enable_dbo
+    enable_eplb enable_expert_parallel enable_lora enable_mm_embeds enable_prompt_embeds enable_sleep_mode
+    enforce_eager eplb_config fully_sharded_loras hf_config_path hf_overrides hf_token ignore_patterns
+    io_processor_plugin kv_cache_dtype kv_events_config kv_offloading_size kv_sharing_fast_prefill
+    kv_transfer_config limit_mm_per_prompt logits_processors logprobs_mode lora_dtype mamba_block_size
+    mamba_cache_dtype mamba_ssm_cache_dtype max_cpu_loras max_logprobs max_long_partial_prefills max_lora_rank
+    max_loras max_num_partial_prefills max_parallel_loading_workers mm_encoder_tp_mode mm_processor_cache_gb
+    mm_processor_kwargs model_impl model_loader_extra_config node_rank nnodes observability_config
+    otlp_traces_endpoint override_attention_dtype override_generation_config pipeline_parallel_size
+    pooler_config prefill_context_parallel_size prefix_caching_hash_algo pt_load_map_location quantization
+    ray_workers_use_nsight reasoning_parser revision runner scheduler_cls served_model_name
+    show_hidden_metrics_for_version skip_tokenizer_init speculative_config stream_interval
+    structured_outputs_config swap_space task tokenizer_mode tokenizer_revision use_tqdm_on_load
+    video_pruning_rate worker_cls worker_extension_cls""".split()
+)
+
+
+def _arg(default: Any, section: str, help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"section": section, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs:
+    """Everything that can be set when an engine is built. Raises `ConfigError` naming the argument."""
+
+    model: str | None = _arg(
+        None, "model", "Folder with config.json and weights, or a GGUF file. Default: the bundled model."
+    )
+    tokenizer: str | None = _arg(None, "model", "Folder with tokenizer.json. Default: the model's folder.")
+    trust_remote_code: bool = _arg(
+        False, "model", "Exists to be refused: code that comes with a checkpoint is never run."
+    )
+    dtype: str = _arg(
+        "auto", "model", "Precision of weights and activations; auto follows the checkpoint and the hardware.",
+        ("auto", "float32", "bfloat16", "float16", "half", "float"),
+    )  # fmt: skip
+    max_model_len: int | str | None = _arg(
+        None, "model",
+        "Tokens of prompt plus output a request may hold, such as 4096, 16k (16000) or 16K (16384); "
+        "auto takes what the KV cache can hold. Default: the model's own limit.",
+    )  # fmt: skip
+    generation_config: str = _arg(
+        "auto", "model",
+        "Where default sampling parameters come from: auto (the model's generation_config.json), vllm (neutral "
+        "ones), or a folder.",
+    )  # fmt: skip
+    seed: int | None = _arg(
+        0, "model", "Makes requests without a seed of their own repeatable from run to run; none draws fresh entropy."
+    )
+
+    load_format: str = _arg(
+        "auto", "load",
+        "auto takes safetensors from a folder and GGUF from a .gguf file; dummy makes random weights.",
+        ("auto", "safetensors", "gguf", "dummy"),
+    )  # fmt: skip
+
+    block_size: int = _arg(DEFAULT_BLOCK_SIZE, "cache", "Tokens in one KV cache block.")
+    enable_prefix_caching: bool = _arg(True, "cache", "Reuse the KV cache of prompts that begin alike.")
+    gpu_memory_utilization: float = _arg(
+        CacheConfig.gpu_memory_utilization, "cache",
+        "Share of the device's memory the engine may use; on a CPU, of what is free once the weights are loaded.",
+    )  # fmt: skip
+    kv_cache_memory_bytes: int | None = _arg(
+        None, "cache", "Bytes of the KV cache, such as 2G (2 x 2^30); wins over --gpu-memory-utilization."
+    )
+    num_gpu_blocks_override: int | None = _arg(None, "cache", "Blocks of the KV cache; wins over both of the above.")
+
+    max_num_batched_tokens: int = _arg(2048, "scheduler", "Tokens one step may compute, over all requests.")
+    max_num_seqs: int = _arg(256, "scheduler", "Requests that may run at once.")
+    long_prefill_token_threshold: int = _arg(
+        0, "scheduler", "Tokens of one prompt a step may compute; 0 sets no limit of its own."
+    )
+    scheduling_policy: str = _arg(
+        "fcfs", "scheduler", "fcfs serves in order of arrival; priority serves the lowest number first.",
+        ("fcfs", "priority"),
+    )  # fmt: skip
+
+    tensor_parallel_size: int = _arg(1, "device", "Devices that share the model. Only 1 so far.")
+    device: str = _arg("auto", "device", "auto, cpu or cuda.")
+    num_threads: int | None = _arg(None, "device", "CPU threads that compute. Default: the cores this process may use.")
+    attention_backend: str | None = _arg(None, "device", "Attention implementation by name. Default: the fastest.")
+
+    disable_log_stats: bool = _arg(False, "logging", "Do not log throughput and cache use while running.")
+
+    def __post_init__(self) -> None:
+        _require_types(self)
+        if self.trust_remote_code:
+            raise ConfigError("trust_remote_code: must be False; this engine never runs code from a checkpoint")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype: must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        object.__setattr__(self, "max_model_len", parse_max_model_len(self.max_model_len))
+        if self.kv_cache_memory_bytes is not None:
+            object.__setattr__(
+                self, "kv_cache_memory_bytes", parse_size("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
+            )
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> "EngineArgs":
+        """Build from keywords. An unknown name raises `ConfigError` with the nearest valid one."""
+        valid = {f.name for f in dataclasses.fields(cls)}
+        for name in kwargs:
+            if name not in valid:
+                raise ConfigError(unknown_argument_message(name, valid))
+        return cls(**kwargs)
+
+    # -- what the arguments resolve to ----------------------------------------------------------------------
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file, by its name or because `load_format` says so."""
+        from mini_vllm.gguf.reader import is_gguf_path
+
+        return self.load_format == "gguf" or (self.model is not None and is_gguf_path(self.model))
+
+    @property
+    def model_folder(self) -> Path:
+        """The folder of the model, or its GGUF file, checked to exist. Raises `CheckpointError`."""
+        if self.is_gguf:
+            return _require_gguf_file(self)
+        if self.model is None:
+            return _require_model_folder("model (the bundled one)", DEFAULT_MODEL)
+        return _require_model_folder("model", Path(self.model).expanduser())
+
+    def load_tokenizer(self) -> "Tokenizer":
+        """The tokenizer these arguments name. Raises `CheckpointError`."""
+        from mini_vllm.text.tokenizer import Tokenizer
+
+        path = self.model_folder if self.tokenizer is None else Path(self.tokenizer).expanduser()
+        if path.suffix == ".gguf" or (self.tokenizer is None and self.is_gguf):
+            from mini_vllm.gguf.reader import open_gguf
+            from mini_vllm.gguf.tokenizer import gguf_tokenizer
+
+            return gguf_tokenizer(open_gguf(path))
+        return Tokenizer.from_folder(path)
+
+    def load_generation_config(self) -> dict[str, Any]:
+        """The generation_config.json these arguments name; empty for 'vllm' or when there is none."""
+        from mini_vllm.hf_config import generation_config
+
+        if self.generation_config == "vllm":
+            return {}
+        if self.generation_config == "auto":
+            return generation_config(self.model_folder)
+        folder = Path(self.generation_config).expanduser()
+        if not (folder / "generation_config.json").is_file():
+            raise CheckpointError(f"generation_config: {folder} has no generation_config.json")
+        return generation_config(folder)
+
+    def load_eos_token_ids(self, hf_config: "HFConfig") -> tuple[int, ...]:
+        """Every id that ends a sequence: the model's generation_config.json, else its config.json."""
+        from mini_vllm.hf_config import generation_config
+
+        ids = generation_config(self.model_folder).get("eos_token_id")
+        if ids is None:
+            return hf_config.eos_token_ids
+        checked = tuple(ids) if isinstance(ids, list) else (ids,)
+        if not all(type(token_id) is int and token_id >= 0 for token_id in checked):
+            raise CheckpointError(f"{self.model_folder}/generation_config.json: eos_token_id must be ids, got {ids!r}")
+        return checked
+
+    def load_hf_config(self) -> "HFConfig":
+        """The model's configuration, from config.json or the GGUF file. Raises `CheckpointError`."""
+        from mini_vllm.hf_config import HFConfig
+
+        if not self.is_gguf:
+            return HFConfig.from_folder(self.model_folder)
+        from mini_vllm.gguf.config import gguf_hf_config
+        from mini_vllm.gguf.reader import open_gguf
+
+        return gguf_hf_config(open_gguf(self.model_folder))
+
+    def create_engine_config(self, tokenizer: "Tokenizer | None" = None) -> EngineConfig:
+        """Read config.json, resolve what is 'auto' except what needs memory to be measured, and split it up.
+
+        tokenizer: one that is loaded already, for its vocabulary size.
+        """
+        hf_config = self.load_hf_config()
+        if tokenizer is None:
+            tokenizer = self.load_tokenizer()
+        max_model_len = self._resolve_max_model_len(hf_config)
+        return EngineConfig(
+            model=ModelConfig(
+                model=str(self.model_folder),
+                hf_config=hf_config,
+                dtype=self._resolve_dtype(hf_config),
+                max_model_len=max_model_len,
+                tokenizer=tokenizer.name_or_path,
+                tokenizer_vocab_size=tokenizer.vocab_size,
+                seed=secrets.randbits(63) if self.seed is None else self.seed,
+            ),
+            cache=CacheConfig(**self._fields_of(CacheConfig)),
+            scheduler=SchedulerConfig(
+                **self._fields_of(SchedulerConfig) | {"policy": self.scheduling_policy, "max_model_len": max_model_len}
+            ),
+            load=LoadConfig(**self._fields_of(LoadConfig) | self._resolved_load_format()),
+            parallel=ParallelConfig(**self._fields_of(ParallelConfig)),
+            device=DeviceConfig(**self._fields_of(DeviceConfig)),
+        )
+
+    def _fields_of(self, config: Any) -> dict[str, Any]:
+        """The arguments that `config`, a dataclass, has under the same name."""
+        names = {f.name for f in dataclasses.fields(config)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
+
+    def _resolved_load_format(self) -> dict[str, Any]:
+        return {"load_format": "gguf"} if self.is_gguf and self.load_format != "dummy" else {}
+
+    def _resolve_max_model_len(self, hf_config: "HFConfig") -> int | None:
+        limit = hf_config.derived_max_model_len
+        if self.max_model_len is None:
+            return hf_config.default_max_model_len
+        if self.max_model_len == "auto":
+            return None
+        assert isinstance(self.max_model_len, int)
+        if self.max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len: {self.max_model_len} is more than the {limit} tokens the model was made for "
+                "(max_position_embeddings in config.json)"
+            )
+        return self.max_model_len
+
+    def _resolve_dtype(self, hf_config: "HFConfig") -> str:
+        from mini_vllm.platforms import current_platform
+
+        asked = _DTYPES[self.dtype]
+        dtype = current_platform.auto_dtype(hf_config.dtype) if asked == "auto" else asked
+        logger.info("dtype %s (asked for %s, checkpoint says %s)", dtype, self.dtype, hf_config.dtype or "nothing")
+        return dtype
+
+
+def unknown_argument_message(name: str, valid: set[str]) -> str:
+    """Why `name` is refused: not here yet, or misspelt and what was probably meant."""
+    if name in _VLLM_ARGUMENTS_NOT_HERE:
+        return f"{name}: vLLM has this argument, but it is not supported here yet"
+    nearest = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid ones are {', '.join(sorted(valid))}"
+    return f"{name}: no such engine argument{hint}"
+
+
+def parse_size(name: str, value: Any) -> int:
+    """An integer, or one with a unit: k, m, g are powers of 1000, K, M, G of 1024."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ConfigError(f"{name}: must be an integer, or one with a unit such as 16k or 2G, got {value!r}")
+    size = float(match[1]) * _UNITS[match[2]]
+    if size != int(size):
+        raise ConfigError(f"{name}: must come to a whole number, got {value!r}")
+    return int(size)
+
+
+def parse_max_model_len(value: Any) -> int | str | None:
+    """None, 'auto', or a size of at least 1. vLLM's -1 means 'auto'."""
+    if value is None or value == "auto":
+        return value  # type: ignore[no-any-return]
+    if value in (-1, "-1"):
+        return "auto"
+    size = parse_size("max_model_len", value)
+    if size < 1:
+        raise ConfigError(f"max_model_len: must be at least 1, or 'auto', got {value!r}")
+    return size
+
+
+_EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
+    "model": (str, os.PathLike), "tokenizer": (str, os.PathLike), "generation_config": (str, os.PathLike),
+    "dtype": (str,), "load_format": (str,), "scheduling_policy": (str,), "device": (str,), "attention_backend": (str,),
+    "trust_remote_code": (bool,), "enable_prefix_caching": (bool,), "disable_log_stats": (bool,),
+    "block_size": (int,), "num_gpu_blocks_override": (int,), "max_num_batched_tokens": (int,), "max_num_seqs": (int,),
+    "long_prefill_token_threshold": (int,), "tensor_parallel_size": (int,), "num_threads": (int,), "seed": (int,),
+    "gpu_memory_utilization": (int, float),
+}  # fmt: skip
+_MAY_BE_NONE = frozenset({"model", "tokenizer", "seed", "num_gpu_blocks_override", "num_threads", "attention_backend"})
+
+
+def _require_types(args: EngineArgs) -> None:
+    for name, types in _EXPECTED_TYPES.items():
+        value = getattr(args, name)
+        if value is None and name in _MAY_BE_NONE:
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            wanted = " or ".join("path" if kind is os.PathLike else kind.__name__ for kind in types)
+            raise ConfigError(f"{name}: must be {wanted}, got {value!r}")
+        if isinstance(value, os.PathLike):
+            object.__setattr__(args, name, os.fspath(value))
+    if args.num_threads is not None and args.num_threads < 1:
+        raise ConfigError(f"num_threads: must be at least 1, got {args.num_threads}")
+
+
+def _require_gguf_file(args: EngineArgs) -> Path:
+    from mini_vllm.gguf.reader import resolve_gguf_path
+
+    if args.model is None:
+        raise ConfigError("model: load_format='gguf' needs the path of a .gguf file")
+    if args.load_format == "safetensors":
+        raise ConfigError(f"load_format: {args.model!r} is a GGUF file; use load_format='gguf' or 'auto'")
+    return resolve_gguf_path(args.model)
+
+
+def _require_model_folder(name: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        kind = "is a file; a folder is needed" if folder.exists() else "is no local folder"
+        raise CheckpointError(
+            f"{name}: {str(folder)!r} {kind}. Looked for a folder with config.json and *.safetensors there; names of "
+            "models on the Hugging Face hub are not resolved yet, so download the model first and pass its folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{name}: {folder} has no config.json, so it is no model checkpoint")
+    return folder

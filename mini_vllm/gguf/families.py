@@ -1,0 +1,89 @@
+"""What is particular to each architecture that a GGUF file may hold: one row a family.
+
+A row says which model class serves it, how its tensors are called in a Hugging Face checkpoint, how they are stored
+differently there, and which config.json values the architecture itself fixes. Names on the GGUF side are those of
+ggml's tensor naming standard; a name stands for its `.weight` and its `.bias`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mini_vllm.exceptions import UnsupportedModelError
+from mini_vllm.gguf.metadata import Metadata
+from mini_vllm.gguf.reader import GGUFFile
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    blocks: module of a block (after `blk.N.`) -> module below `{layers}.N.` in the checkpoint's names. top: the same
+    outside the blocks. constants: config.json values the architecture implies. options: reads the config.json values
+    only this family has. rotary_pairs: modules whose rows are stored for interleaved rotary embedding, a pair of
+    rotated dimensions side by side, where checkpoints have the two halves of a head one after the other. transposed:
+    modules whose matrix checkpoints store the other way round. norms_plus_one: norm weights include the 1 that the
+    model adds.
+    """
+
+    architecture: str
+    model_type: str
+    blocks: Mapping[str, str]
+    top: Mapping[str, str] = field(
+        default_factory=lambda: {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    )
+    layers: str = "model.layers"
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    options: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
+    rotary_pairs: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    norms_plus_one: bool = False
+
+
+_LLAMA_BLOCKS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Read with the config, not with the weights."""
+
+
+def _llama_options(metadata: Metadata) -> dict[str, Any]:
+    """Biases show in the tensors alone; a window makes it Mistral, which GGUF files as a llama."""
+    tensors = metadata.file.tensors
+    options: dict[str, Any] = {
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+    }
+    if metadata.get("attention.sliding_window") is not None:
+        options |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        options |= {"sliding_window": metadata.integer("attention.sliding_window")}
+    return options
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM", "llama", _LLAMA_BLOCKS,
+        constants={"hidden_act": "silu"}, options=_llama_options, rotary_pairs=("attn_q", "attn_k"),
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", _LLAMA_BLOCKS, constants={"hidden_act": "silu"}),
+}  # fmt: skip
+"""general.architecture -> its family."""
+
+
+def family_of(file: GGUFFile) -> Family:
+    """The row of this file's architecture. Raises `UnsupportedModelError` listing those that are supported."""
+    if file.architecture not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{file.path.name}: general.architecture {file.architecture!r} is not supported in GGUF files; supported "
+            f"are {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[file.architecture]

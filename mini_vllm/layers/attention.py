@@ -1,0 +1,69 @@
+"""The attention layer models are written with: blind to backend, cache layout and batch shape.
+
+It is handed flat queries, keys and values; by its `prefix` it finds the step's metadata and its own KV cache in the
+forward context, and its backend does the rest.
+"""
+
+import torch
+from torch import nn
+
+from mini_vllm.attention.context import get_forward_context
+from mini_vllm.attention.selector import get_attn_backend
+from mini_vllm.core.interfaces import KVCacheSpec
+
+
+class Attention(nn.Module):
+    """Causal attention of one layer over the paged KV cache.
+
+    num_heads, num_kv_heads: this rank's. sliding_window W: a query sees itself and the W - 1 tokens before it.
+    logit_softcap c: scores become c * tanh(scores / c).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        *,
+        sliding_window: int | None = None,
+        logit_softcap: float | None = None,
+        dtype: torch.dtype | None = None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
+        self.sliding_window, self.prefix = sliding_window, prefix
+        self.backend = get_attn_backend(None, head_size, dtype or torch.get_default_dtype())
+        self.impl = self.backend.impl_cls(
+            num_heads, head_size, scale, num_kv_heads, sliding_window=sliding_window, logit_softcap=logit_softcap
+        )
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [N, Hq * D], key and value [N, Hkv * D] -> [N, Hq * D]."""
+        context = get_forward_context()
+        query = query.view(-1, self.num_heads, self.head_size)
+        output = query.new_empty(query.shape)
+        self.impl.forward(
+            query,
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size),
+            context.kv_caches[self.prefix],
+            context.attn_metadata[self.prefix],
+            output,
+        )
+        return output.view(-1, self.num_heads * self.head_size)
+
+    def get_kv_cache_spec(self, block_size: int, dtype: str) -> KVCacheSpec:
+        """What one block of this layer takes. A sliding window still keeps every block: the mask alone is narrower."""
+        itemsize = getattr(torch, dtype).itemsize
+        page_size = 2 * block_size * self.num_kv_heads * self.head_size * itemsize
+        return KVCacheSpec(block_size, page_size, dtype)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}/{self.num_kv_heads}, head_size={self.head_size}, backend={self.backend.name}"
+
+
+def get_attention_layers(model: nn.Module) -> dict[str, Attention]:
+    """Every attention layer by its prefix, in model order."""
+    return {module.prefix: module for module in model.modules() if isinstance(module, Attention)}

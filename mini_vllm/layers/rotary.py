@@ -1,0 +1,50 @@
+"""Rotary position embedding (Su et al. 2021), "neox" style: dimension i is rotated with dimension i + half.
+
+`RotaryEmbedding(positions)` gives the step's cosines and sines once for all layers; `apply_rotary` turns heads by
+them. Angles are float32 always: bfloat16 could not tell neighbouring positions apart beyond a few hundred. They are
+computed for the step's positions instead of read from a table: that costs a few microseconds a step, where a table
+for a 128k context takes tens of megabytes and ends at some position.
+"""
+
+import torch
+from torch import nn
+
+from mini_vllm.exceptions import CheckpointError
+from mini_vllm.hf_config import RopeConfig
+from mini_vllm.layers.rope_scaling import rope_frequencies
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines for heads of `head_size`, of which the first `partial_rotary_factor` share is rotated."""
+
+    def __init__(self, head_size: int, rope: RopeConfig) -> None:
+        super().__init__()
+        self.rotary_dim = int(head_size * rope.partial_rotary_factor)
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise CheckpointError(
+                f"config.json: head_dim {head_size} * partial_rotary_factor {rope.partial_rotary_factor} "
+                "must give an even number of rotated dimensions"
+            )
+        # The dummy and meta devices must not change a frequency, so they are computed on the host.
+        with torch.device("cpu"):
+            frequencies, self.attention_factor = rope_frequencies(rope, self.rotary_dim)
+        self.inv_freq: torch.Tensor
+        self.register_buffer("inv_freq", frequencies.to(torch.get_default_device()), persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [N] -> (cos, sin), each [N, 1, rotary_dim] float32; the first half of sin is negated."""
+        angles = positions.to(torch.float32)[:, None] * self.inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1:  # on queries and on keys, so that scores carry its square
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+
+def apply_rotary(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn heads x [N, heads, head_size] by `RotaryEmbedding(positions)`; computed in float32, returned in x's type."""
+    cos, sin = cos_sin
+    rotary_dim = cos.shape[-1]
+    turned = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
+    first, second = turned.chunk(2, -1)
+    turned = torch.addcmul(turned * cos, torch.cat((second, first), -1), sin).to(x.dtype)
+    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), -1)

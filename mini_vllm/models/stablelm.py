@@ -1,0 +1,132 @@
+"""StableLM (3B, Zephyr, 2-1.6B, 2-12B): Llama's shape with layer norms and only part of each head turned.
+
+The 12B model normalises every head by weights of its own (`qk_layernorm`) and runs attention and feed-forward side by
+side (`use_parallel_residual`).
+"""
+
+from collections.abc import Hashable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mini_vllm.exceptions import CheckpointError
+from mini_vllm.hf_config import HFConfig
+from mini_vllm.layers.linear import LoadedWeight, check_shape
+from mini_vllm.layers.norm import LayerNorm, RMSNorm
+from mini_vllm.models.llama import CosSin, LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from mini_vllm.models.utils import PackedModulesMapping
+from mini_vllm.quantization.base import QuantizationConfig, set_weight_attrs
+
+DEFAULT_LAYER_NORM_EPS = 1e-5
+
+
+def layer_norm_eps(config: HFConfig) -> float:
+    value = config.raw.get("layer_norm_eps", DEFAULT_LAYER_NORM_EPS)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        raise CheckpointError(f"config.json: layer_norm_eps must be a positive number, got {value!r}")
+    return float(value)
+
+
+class PerHeadLayerNorm(nn.Module):
+    """Layer norm over each head with a weight per head and no bias: [N, heads, D] -> [N, heads, D].
+
+    In the checkpoint each head's weight is a tensor of its own, which is shard i of `weight` [heads, D] here; a rank
+    keeps those from `first_head` on.
+    """
+
+    def __init__(
+        self, total_heads: int, heads: int, first_head: int, head_dim: int, eps: float, *, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.first_head, self.eps = first_head, eps
+        self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype), requires_grad=False)
+        set_weight_attrs(self.weight, {"weight_loader": self.weight_loader, "shard_ids": tuple(range(total_heads))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+    def weight_loader(
+        self, param: nn.Parameter, tensor: LoadedWeight, shard_id: Hashable = None, expert_id: int | None = None
+    ) -> None:
+        assert isinstance(shard_id, int)
+        check_shape(tensor, param.shape[1:])
+        row = shard_id - self.first_head
+        if 0 <= row < len(param):
+            param.data[row].copy_(tensor.narrow(0, 0, param.shape[1]))
+
+
+class StableLmAttention(LlamaAttention):
+    """Llama's attention with a norm per head where the config asks for it."""
+
+    def __init__(self, config: HFConfig, *, dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(config, dtype=dtype, **kwargs)
+        self.qk_layernorm = bool(config.raw.get("qk_layernorm"))
+        if not self.qk_layernorm:
+            return
+        qkv, rank, eps = self.qkv_proj, self.qkv_proj.tp_group.rank, layer_norm_eps(config)
+        first_key = rank // qkv.num_kv_head_replicas * qkv.num_kv_heads
+        self.q_layernorm = PerHeadLayerNorm(
+            config.num_attention_heads, qkv.num_heads, rank * qkv.num_heads, config.head_dim, eps, dtype=dtype
+        )
+        self.k_layernorm = PerHeadLayerNorm(
+            config.num_key_value_heads, qkv.num_kv_heads, first_key, config.head_dim, eps, dtype=dtype
+        )
+
+    def prepare_heads(self, heads: torch.Tensor) -> torch.Tensor:
+        if not self.qk_layernorm:
+            return heads
+        query, key = heads.split([self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads], 1)
+        return torch.cat((self.q_layernorm(query), self.k_layernorm(key)), 1)
+
+
+class StableLmDecoderLayer(LlamaDecoderLayer):
+    """Layer norm, attention, layer norm, feed-forward; or one norm and both of them side by side."""
+
+    def __init__(
+        self, config: HFConfig, *, dtype: torch.dtype, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__(config, dtype=dtype, quant_config=quant_config, prefix=prefix)
+        self.parallel = bool(config.raw.get("use_parallel_residual"))
+        if self.parallel:
+            del self.post_attention_layernorm
+
+    @staticmethod
+    def make_norm(config: HFConfig, dtype: torch.dtype) -> RMSNorm | LayerNorm:
+        return LayerNorm(config.hidden_size, layer_norm_eps(config), dtype=dtype)
+
+    def make_attention(
+        self, config: HFConfig, dtype: torch.dtype, quant_config: QuantizationConfig | None, prefix: str
+    ) -> LlamaAttention:
+        return StableLmAttention(
+            config, qkv_bias=bool(config.raw.get("use_qkv_bias")), o_bias=False,
+            dtype=dtype, quant_config=quant_config, prefix=prefix,
+        )  # fmt: skip
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, cos_sin: CosSin
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.parallel:
+            return super().forward(hidden, residual, cos_sin)
+        hidden, residual = self.input_layernorm(hidden, residual)
+        return self.self_attn(hidden, cos_sin) + self.mlp(hidden), residual
+
+
+class StableLmForCausalLM(LlamaForCausalLM):
+    """See `LlamaForCausalLM`."""
+
+    layer_class: ClassVar[type[LlamaDecoderLayer]] = StableLmDecoderLayer
+    unsupported_options: ClassVar[tuple[str, ...]] = ("sliding_window", "attention_bias", "mlp_bias")
+
+    def __init__(self, hf_config: HFConfig, **kwargs: Any) -> None:
+        super().__init__(hf_config, **kwargs)
+        self.packed_modules_mapping: PackedModulesMapping = {  # type: ignore[misc]
+            **LlamaForCausalLM.packed_modules_mapping,
+            "q_layernorm": _per_head("q_layernorm", hf_config.num_attention_heads),
+            "k_layernorm": _per_head("k_layernorm", hf_config.num_key_value_heads),
+        }
+
+
+def _per_head(module: str, heads: int) -> tuple[str, ...]:
+    return tuple(f"{module}.norms.{head}" for head in range(heads))

@@ -1,0 +1,92 @@
+"""What the engine may ask of the hardware.
+
+A platform is handed nothing and holds no state of a model. Everything above it works in its terms, so another
+accelerator is one more class here. Methods import torch when they need it, never at import time.
+"""
+
+import math
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from mini_vllm.platforms.cgroup import Cgroup
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Platform(ABC):
+    """One kind of device.
+
+    device_type: torch's name for it. prepacks_linears: whether weights gain from being packed once after loading.
+    pin_memory: whether host buffers must be page-locked so that copies to the device need not be waited for.
+    default_kv_cache_limit_bytes: how much the KV cache takes at most when nobody said how much; None is no limit.
+    """
+
+    device_type: str
+    prepacks_linears: bool = False
+    pin_memory: bool = False
+    default_kv_cache_limit_bytes: int | None = None
+
+    @abstractmethod
+    def device(self) -> "torch.device":
+        """The device tensors live on."""
+
+    @abstractmethod
+    def supports_bf16(self) -> bool:
+        """Whether bfloat16 products have instructions of their own."""
+
+    @abstractmethod
+    def explain_auto_dtype(self, checkpoint_dtype: str | None) -> tuple[str, str]:
+        """(dtype name that 'auto' means here for a checkpoint of that dtype, why)."""
+
+    def auto_dtype(self, checkpoint_dtype: str | None) -> str:
+        """The dtype name that 'auto' means here for a checkpoint of that dtype."""
+        return self.explain_auto_dtype(checkpoint_dtype)[0]
+
+    def dtype_warning(self, dtype: str) -> str | None:
+        """What is wrong with computing in `dtype` here, if anything."""
+        return None
+
+    @abstractmethod
+    def available_memory_bytes(self) -> int:
+        """Memory of the device that could be taken now."""
+
+    @abstractmethod
+    def total_memory_bytes(self) -> int:
+        """Memory of the device that this process may use at all."""
+
+    def default_attn_backend(self, head_size: int, dtype: "torch.dtype") -> str:
+        """Name of the attention backend for such layers when the user named none."""
+        return "TORCH_REF"
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the log."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given; nothing to wait for where calls block."""
+        return
+
+    def num_threads(self) -> int:
+        """CPU threads to compute with: `OMP_NUM_THREADS` if set, else the cores this process may run on."""
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        if asked.isdecimal() and int(asked) > 0:
+            return int(asked)
+        return usable_cores()
+
+    def set_num_threads(self, num_threads: int | None = None) -> int:
+        """Let torch compute with `num_threads` (None: `num_threads()`) CPU threads; returns how many."""
+        import torch
+
+        count = num_threads or self.num_threads()
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+        return count
+
+
+def usable_cores(cgroup: Cgroup | None = None) -> int:
+    """The cores of this process's affinity mask, or fewer where a cgroup grants less CPU time; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = (cgroup or Cgroup()).cpu_quota()
+    return max(1, cores if quota is None else min(cores, math.ceil(quota)))

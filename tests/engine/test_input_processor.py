@@ -1,0 +1,157 @@
+"""Claims about what is refused before the core, and what a request that passes looks like."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mini_vllm.engine.input_processor import InputProcessor, default_sampling_params
+from mini_vllm.exceptions import CheckpointError, InvalidParameterError, PromptTooLongError
+from mini_vllm.sampling_params import SamplingParams
+from mini_vllm.text.tokenizer import Tokenizer
+
+MAX_MODEL_LEN = 32
+VOCAB_SIZE = 400
+
+
+@pytest.fixture
+def processor(llama: Path) -> InputProcessor:
+    tokenizer = Tokenizer.from_folder(llama)
+    return InputProcessor(
+        tokenizer, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, eos_token_ids=(2, 7, 9), clock=lambda: 12.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field", "says"),
+    [
+        ([], "prompt", "at least one token"),
+        ({"prompt_token_ids": []}, "prompt", "at least one token"),
+        ([5, VOCAB_SIZE], "prompt_token_ids", f"token id {VOCAB_SIZE} at position 1 .* ids 0 to {VOCAB_SIZE - 1}"),
+        ([5, 6, -1], "prompt_token_ids", "token id -1 at position 2"),
+        ([1, 2.5], "prompt", "must be integers, got 2.5 at position 1"),
+        ([1, True], "prompt", "must be integers, got True"),
+        ([1, "x"], "prompt", "must be integers, got 'x'"),
+        ([1, None], "prompt", "must be integers, got None"),
+        ({"prompt_token_ids": "abc"}, "prompt_token_ids", "list of token ids, got str"),
+        ({"prompt": [1, 2]}, "prompt", "must be text, got list"),
+        ({}, "prompt", "needs 'prompt' or 'prompt_token_ids'"),
+        ({"text": "x"}, "prompt", "unknown keys text; a prompt dict has cache_salt, prompt, prompt_token_ids"),
+        ({"prompt": "x", "multi_modal_data": {}}, "prompt", "unknown keys multi_modal_data"),
+        ({"prompt": "x", "cache_salt": ""}, "cache_salt", "not empty"),
+        ({"prompt": "x", "cache_salt": 3}, "cache_salt", "must be a string"),
+        (7, "prompt", "got int"),
+        (None, "prompt", "got NoneType"),
+        (b"bytes", "prompt", "got bytes"),
+        ("half a pair \ud800", "prompt", "no valid Unicode"),
+    ],
+)
+def test_bad_prompts_are_refused_by_field(processor: InputProcessor, prompt: Any, field: str, says: str) -> None:
+    with pytest.raises(InvalidParameterError, match=says) as caught:
+        processor.tokenize([prompt])
+    assert caught.value.field == field
+
+
+def test_an_empty_text_is_refused_unless_the_tokenizer_frames_it(llama: Path, qwen2: Path) -> None:
+    def tokenize(folder: Path) -> list[int]:
+        tokenizer = Tokenizer.from_folder(folder)
+        processor = InputProcessor(tokenizer, max_model_len=32, vocab_size=448, clock=lambda: 0.0)
+        return processor.tokenize([""])[0].token_ids
+
+    assert tokenize(llama) == [1], "the BOS token is a prompt"
+    with pytest.raises(InvalidParameterError, match="at least one token"):
+        tokenize(qwen2)
+
+
+def test_a_prompt_must_leave_room_for_one_output_token(processor: InputProcessor) -> None:
+    processor.tokenize([[5] * (MAX_MODEL_LEN - 1)])
+    for length in (MAX_MODEL_LEN, 10 * MAX_MODEL_LEN):
+        with pytest.raises(
+            PromptTooLongError, match=f"maximum context length is 32 tokens. However, .* {length} tokens"
+        ):
+            processor.tokenize([[5] * length])
+    with pytest.raises(PromptTooLongError):
+        processor.tokenize(["hello world " * 100])
+
+
+def test_in_a_batch_the_bad_prompt_is_named(processor: InputProcessor) -> None:
+    with pytest.raises(InvalidParameterError, match=r"^prompt_token_ids: \(prompt 2 of 3\) token id 999"):
+        processor.tokenize(["fine", [1, 2], {"prompt_token_ids": [999]}])
+    with pytest.raises(PromptTooLongError, match=r"^prompt: \(prompt 0 of 2\) This model's maximum"):
+        processor.tokenize([[1] * 99, "x"])
+
+
+def test_all_spellings_of_a_prompt_give_the_same_request(processor: InputProcessor) -> None:
+    ids = processor.tokenizer.encode("hello world")
+    spellings = ["hello world", {"prompt": "hello world"}, ids, tuple(ids), np.array(ids), {"prompt_token_ids": ids}]
+    tokenized = processor.tokenize(spellings)
+    assert [prompt.token_ids for prompt in tokenized] == [ids] * len(spellings)
+    assert [prompt.text for prompt in tokenized] == ["hello world"] * 2 + [None] * 4
+    assert all(type(token_id) is int for prompt in tokenized for token_id in prompt.token_ids)
+
+
+def test_of_text_and_ids_the_ids_win_and_the_text_is_kept(processor: InputProcessor) -> None:
+    prompt = processor.tokenize([{"prompt": "shown", "prompt_token_ids": [5, 6]}])[0]
+    assert (prompt.token_ids, prompt.text) == ([5, 6], "shown")
+
+
+def test_further_eos_ids_become_stop_ids_unless_eos_is_ignored(processor: InputProcessor) -> None:
+    assert processor.eos_token_id == 2
+    assert processor.resolve_params(SamplingParams(stop_token_ids=(4, 7))).stop_token_ids == (4, 7, 9)
+    assert processor.resolve_params(SamplingParams(stop_token_ids=(4,), ignore_eos=True)).stop_token_ids == (4,)
+
+
+def test_without_an_eos_in_the_tokenizer_the_models_first_is_used(processor: InputProcessor) -> None:
+    tokenizer = Tokenizer(processor.tokenizer.backend)
+    other = InputProcessor(tokenizer, max_model_len=8, vocab_size=400, eos_token_ids=(7, 9), clock=lambda: 0.0)
+    assert other.eos_token_id == 7 and other.resolve_params(None).stop_token_ids == (9,)
+    assert InputProcessor(tokenizer, max_model_len=8, vocab_size=400, clock=lambda: 0.0).eos_token_id is None
+
+
+def test_a_request_carries_what_the_core_needs(processor: InputProcessor) -> None:
+    prompt = processor.tokenize([{"prompt_token_ids": [5, 6], "cache_salt": "s"}])[0]
+    params = processor.resolve_params(SamplingParams(max_tokens=None))
+    request = processor.make_request("r", prompt, params, priority=-3)
+    assert (request.request_id, request.all_token_ids, request.eos_token_id) == ("r", [5, 6], 2)
+    assert (request.arrival_time, request.priority, request.cache_salt) == (12.5, -3, "s")
+    assert (request.max_tokens, request.max_model_len, request.stop_ids) == (None, MAX_MODEL_LEN, {7, 9})
+    assert processor.make_request("r", prompt, params, arrival_time=1.0, cache_salt="t").cache_salt == "t"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "field"),
+    [({"priority": "high"}, "priority"), ({"priority": True}, "priority"), ({"cache_salt": ""}, "cache_salt")],
+)  # fmt: skip
+def test_bad_request_options_are_refused_by_field(processor: InputProcessor, kwargs: Any, field: str) -> None:
+    prompt = processor.tokenize([[5]])[0]
+    with pytest.raises(InvalidParameterError) as caught:
+        processor.make_request("r", prompt, SamplingParams(), **kwargs)
+    assert caught.value.field == field
+
+
+def test_params_of_another_type_are_refused(processor: InputProcessor) -> None:
+    with pytest.raises(InvalidParameterError, match="sampling_params: must be SamplingParams, got dict"):
+        processor.resolve_params({"temperature": 0})  # type: ignore[arg-type]
+
+
+def test_the_generation_config_gives_the_defaults() -> None:
+    params = default_sampling_params({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 99, "x": 1})
+    assert params == SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=99)
+    assert default_sampling_params({}) == SamplingParams()
+
+
+def test_an_impossible_generation_config_is_a_checkpoint_error() -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p: must be in \(0, 1\], got 7"):
+        default_sampling_params({"top_p": 7})
+
+
+def test_what_the_generation_config_asks_in_vain_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "mini_vllm.engine.input_processor.logger.warning", lambda *args: said.append(args[0] % args[1:])
+    )
+    default_sampling_params({"repetition_penalty": 1.0, "min_p": 0.0})
+    assert not said
+    default_sampling_params({"repetition_penalty": 1.1})
+    assert "repetition_penalty=1.1, which is not supported yet" in said[0]

@@ -1,0 +1,120 @@
+"""Many random engines: nothing leaks, nothing is read that was not written, and no token depends on the schedule."""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mini_vllm.core.block_pool import BlockPool, KVCacheBlock
+from mini_vllm.core.kv_cache_manager import KVCacheManager
+from mini_vllm.core.scheduler import Scheduler
+from mini_vllm.request import Request
+from tests.toy.random_runs import Outcome, RandomRun
+
+NUM_QUICK = 300
+NUM_SLOW = 10_000
+CHUNK = 250
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Steps fail on purpose here, and each failure would print its traceback."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def play(seeds: range) -> Outcome:
+    total = Outcome()
+    for seed in seeds:
+        try:
+            total.add(RandomRun(seed).play())
+        except Exception as error:
+            raise AssertionError(f"random run {seed} failed: {error}") from error
+    return total
+
+
+def test_random_runs_leak_nothing_and_change_no_token() -> None:
+    total = play(range(NUM_QUICK))
+    # The runs would prove little if they never got into trouble.
+    assert total.preemptions > 150 and total.hits > 500 and total.aborts > 50
+    assert total.errors > 50 and total.refused > 10 and total.finished > 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, NUM_SLOW, CHUNK))
+def test_ten_thousand_random_runs(first: int) -> None:
+    play(range(NUM_QUICK + first, NUM_QUICK + first + CHUNK))
+
+
+# -- broken controls: each of these is found among the quick runs ------------------------------------------------------
+
+
+def stale_hashes(patch: pytest.MonkeyPatch) -> None:
+    """A reused block keeps the hash of its earlier life."""
+    uncache = BlockPool.uncache
+
+    def broken(self: BlockPool, block: KVCacheBlock) -> None:
+        if block.ref_cnt:
+            uncache(self, block)
+
+    patch.setattr(BlockPool, "uncache", broken)
+
+
+def no_roll_back(patch: pytest.MonkeyPatch) -> None:
+    """What a failed step did not write stays findable."""
+    patch.setattr(KVCacheManager, "forget_unwritten", lambda self, request_id: None)
+
+
+def early_hashes(patch: pytest.MonkeyPatch) -> None:
+    """A block is findable one token before it is full."""
+    original = KVCacheManager._cache_written
+
+    def broken(self: KVCacheManager, request: Request, num_known_tokens: int) -> None:
+        original(self, request, min(num_known_tokens + 1, request.num_tokens))
+
+    patch.setattr(KVCacheManager, "_cache_written", broken)
+
+
+def partial_hash(patch: pytest.MonkeyPatch) -> None:
+    """The first token of each block is left out of its hash."""
+    from mini_vllm.core import block_pool
+
+    original = block_pool.hash_block_tokens
+    patch.setattr(block_pool, "hash_block_tokens", lambda p, ids, extra=b"": original(p, ids[1:] or [0], extra))
+
+
+def forgotten_free(patch: pytest.MonkeyPatch) -> None:
+    """A finished request keeps one block."""
+    original = KVCacheManager.free
+
+    def broken(self: KVCacheManager, request: Request) -> None:
+        for table in self._tables.get(request.request_id, ()):
+            del table[-1:]
+        original(self, request)
+
+    patch.setattr(KVCacheManager, "free", broken)
+
+
+def lost_refund(patch: pytest.MonkeyPatch) -> None:
+    """A victim that was already scheduled stays in the plan."""
+    patch.setattr(Scheduler, "_unschedule", staticmethod(lambda request_id, plan: None))
+
+
+Breakage = Callable[[pytest.MonkeyPatch], None]
+BROKEN: list[Breakage] = [
+    stale_hashes,
+    no_roll_back,
+    early_hashes,
+    partial_hash,
+    forgotten_free,
+    lost_refund,
+]
+
+
+@pytest.mark.broken_pool
+@pytest.mark.parametrize("breakage", BROKEN)
+def test_random_runs_find_a_broken_core(breakage: Breakage, monkeypatch: pytest.MonkeyPatch) -> None:
+    breakage(monkeypatch)
+    with pytest.raises(AssertionError, match="random run"):
+        play(range(NUM_QUICK))
