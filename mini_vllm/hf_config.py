@@ -50,7 +50,7 @@ _TOO_LARGE = 10**300
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base `theta`, and `scaling` values whose meaning `rope_type` gives (`layers/rope_scaling.py`)."""
+    """Rotary embedding: base `theta`, and `scaling` values whose meaning `rope_type` gives (layers/rope_scaling.py)."""
 
     rope_type: str = "default"
     theta: float = 10000.0

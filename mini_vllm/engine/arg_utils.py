@@ -274,11 +274,12 @@ class EngineArgs:
         return self.max_model_len
 
     def _resolve_dtype(self, hf_config: "HFConfig") -> str:
-        from mini_vllm.platforms import current_platform
+        from mini_vllm.platforms import select_platform
 
-        asked = _DTYPES[self.dtype]
-        dtype = current_platform.auto_dtype(hf_config.dtype) if asked == "auto" else asked
-        logger.info("dtype %s (asked for %s, checkpoint says %s)", dtype, self.dtype, hf_config.dtype or "nothing")
+        dtype = _DTYPES[self.dtype]
+        if dtype == "auto":
+            dtype, why = select_platform(self.device).explain_auto_dtype(hf_config.dtype)
+            logger.info("dtype auto is %s: %s", dtype, why)
         return dtype
 
 

@@ -10,7 +10,6 @@ trusted: nothing is allocated before the bytes it claims are known to be there. 
 import math
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,12 +238,25 @@ class _Cursor:
     def _array(self, key: str) -> list[Any]:
         item_type, length = self.scalar("I"), self.scalar("Q")
         if item_type == _STRING:
-            read: Callable[[str], str] = self.string
-            if length * 8 > len(self.data) - self.offset:  # each string has a length of 8 bytes at least
-                raise CheckpointError(f"{self.name}: truncated: {key} claims {length} strings")
-            return [read(key) for _ in range(length)]
+            return self._strings(length, key)
         if item_type not in _SCALARS:
             raise CheckpointError(f"{self.name}: {key} is an array of unknown type {item_type}")
         dtype = np.dtype("?" if item_type == _BOOL else "<" + _SCALARS[item_type])
         items: list[Any] = np.frombuffer(self.take(length * dtype.itemsize, key), dtype=dtype).tolist()
         return items
+
+    def _strings(self, length: int, key: str) -> list[Any]:
+        """A vocabulary has hundreds of thousands, so this loop does without calls."""
+        data, offset, size, unpack = self.data, self.offset, len(self.data), struct.Struct("<Q").unpack_from
+        items = []
+        for _ in range(length):
+            start = offset + 8
+            offset = start + unpack(data, offset)[0] if start <= size else start
+            if offset > size:
+                raise CheckpointError(f"{self.name}: truncated: {key} ends after {len(items)} of {length} strings")
+            items.append(bytes(data[start:offset]))
+        self.offset = offset
+        try:
+            return [item.decode() for item in items]
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.name}: {key} is not UTF-8: {error}") from error

@@ -93,7 +93,7 @@ def _only(points: Sequence[EntryPoint]) -> str:
         raise UnsupportedModelError(
             f"architecture {points[0].name}: several packages offer it: {'; '.join(map(_describe, points))}"
         )
-    return points[0].value
+    return f"{points[0].module}:{points[0].attr}"
 
 
 def _describe(point: EntryPoint) -> str:
@@ -120,6 +120,6 @@ def _checked(architecture: str, model: object) -> type[nn.Module]:
     missing += ["forward"] if model.forward is nn.Module.forward else []
     if missing:
         raise UnsupportedModelError(
-            f"architecture {architecture}: {model.__name__} has no {', '.join(missing)}; {GUIDE} says what a model needs"
+            f"architecture {architecture}: {model.__name__} has no {', '.join(missing)}; see {GUIDE}"
         )
     return model

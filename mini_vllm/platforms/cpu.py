@@ -20,7 +20,6 @@ class CpuPlatform(Platform):
     """This machine's processor. `root` is '/' except in tests, which bring their own /proc and /sys."""
 
     device_type = "cpu"
-    prepacks_linears = True
     default_kv_cache_limit_bytes = 4 << 30  # memory is shared with everything else that runs here
 
     def __init__(self, root: str | Path = "/") -> None:
@@ -31,6 +30,13 @@ class CpuPlatform(Platform):
         import torch
 
         return torch.device("cpu")
+
+    @property
+    def prepacks_linears(self) -> bool:
+        """Packing is oneDNN's, which some builds of torch (macOS) are without."""
+        import torch
+
+        return bool(torch.backends.mkldnn.is_available())
 
     def supports_bf16(self) -> bool:
         return bool(self._cpu_flags() & _BF16_FLAGS)

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 class Platform(ABC):
     """One kind of device.
 
-    device_type: torch's name for it. prepacks_linears: whether weights gain from being packed once after loading.
+    device_type: torch's name for it.
     pin_memory: whether host buffers must be page-locked so that copies to the device need not be waited for.
     default_kv_cache_limit_bytes: how much the KV cache takes at most when nobody said how much; None is no limit.
     """
 
     device_type: str
-    prepacks_linears: bool = False
     pin_memory: bool = False
     default_kv_cache_limit_bytes: int | None = None
+
+    @property
+    def prepacks_linears(self) -> bool:
+        """Whether weights gain from being packed once after loading."""
+        return False
 
     @abstractmethod
     def device(self) -> "torch.device":

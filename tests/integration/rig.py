@@ -79,6 +79,7 @@ class Rig:
     """Builds engines around the checkpoint in `folder`. `engine` takes the shape, `run` the work."""
 
     folder: Path
+    max_model_len: int = MAX_MODEL_LEN
 
     def __post_init__(self) -> None:
         self._hf_config = HFConfig.from_folder(self.folder)
@@ -96,7 +97,7 @@ class Rig:
         shuffle: int | None = None,
     ) -> EngineCore:
         """An engine in float32 whose pool has `num_blocks` blocks; `shuffle` seeds a random physical order."""
-        max_model_len = min(MAX_MODEL_LEN, (num_blocks - 1) * block_size)
+        max_model_len = min(self.max_model_len, (num_blocks - 1) * block_size)
         scheduling = SchedulerConfig(
             max_num_batched_tokens=budget,
             max_num_seqs=max_num_seqs,

@@ -1,0 +1,208 @@
+"""Every model family and option that is compared with transformers: one row each.
+
+`FAMILIES` drives parity (tests/models/test_family_parity.py), a subset of the master invariant over all families
+(tests/integration/test_families_invariant.py) and the support table (scripts/support_table.py). A row is a config.json
+as published checkpoints write it, tiny, and what it is there to show. The checkpoint gets random weights, scaled up so
+that attention is peaked and logits are far apart, under the names that transformers gives the tensors.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+VOCAB_SIZE = 128
+MAX_MODEL_LEN = 128
+FEATURES = ("tied", "bias", "window", "qk-norm", "partial rotary", "fused tensors", "layer norm")
+"""What a row may say it has, beside its rope scaling."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row.
+
+    config: config.json beyond `SIZES`, whose entries it may replace (None removes one). features: some of `FEATURES`;
+    a test holds the row to them. max_model_len: what the engine is asked for, which decides between the two sides of
+    a rope scaling. invariant: also runs through the master-invariant subset. std_of: standard deviation of a tensor by
+    name and shape, where `default_std` is not right. norm_mean: what norm weights are spread around.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(hash=False)
+    features: tuple[str, ...] = ()
+    max_model_len: int = MAX_MODEL_LEN
+    invariant: bool = False
+    std_of: Callable[[str, torch.Size], float] | None = None
+    norm_mean: float = 1.0
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config["architectures"][0])
+
+    def full_config(self) -> dict[str, Any]:
+        """The whole config.json."""
+        config = {**SIZES, **self.config}
+        return {key: value for key, value in config.items() if value is not None or key in KEPT_NULLS}
+
+    def write(self, folder: str | Path, *, seed: int = 0) -> Path:
+        """Write the checkpoint into `folder` (created) and return it. Same seed, same bytes."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.full_config(), indent=2), encoding="utf-8")
+        save_file(self._random_tensors(folder, seed), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    def _random_tensors(self, folder: Path, seed: int) -> Tensors:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, meta in sorted(model.state_dict().items()):
+            if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                continue
+            std = (self.std_of or default_std)(name, meta.shape)
+            mean = self.norm_mean if meta.dim() == 1 and name.endswith("weight") else 0.0
+            tensors[name] = mean + std * torch.randn(meta.shape, generator=generator)
+        return tensors
+
+
+SCALE = 2.0
+"""Standard deviation of a matrix times the square root of its inputs."""
+
+
+def default_std(name: str, shape: torch.Size) -> float:
+    """Matrices by their number of columns, embeddings 1, norms 0.3, biases half the outputs they are added to."""
+    if len(shape) == 1:
+        return SCALE / 2 if name.endswith("bias") and "norm" not in name else 0.3
+    return 1.0 if "embed" in name else SCALE / math.sqrt(shape[-1])
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+    "rope_theta": 10000.0,
+}
+KEPT_NULLS = ("sliding_window", "bos_token_id")
+
+
+def _config(architecture: str, model_type: str, **config: Any) -> dict[str, Any]:
+    return {"architectures": [architecture], "model_type": model_type, **config}
+
+
+def llama(**config: Any) -> dict[str, Any]:
+    return _config("LlamaForCausalLM", "llama", **config)
+
+
+def qwen2(**config: Any) -> dict[str, Any]:
+    return _config("Qwen2ForCausalLM", "qwen2", **{"bos_token_id": None, **config})
+
+
+def mistral(**config: Any) -> dict[str, Any]:
+    return _config("MistralForCausalLM", "mistral", **{"sliding_window": None, **config})
+
+
+def qwen3(**config: Any) -> dict[str, Any]:
+    return _config("Qwen3ForCausalLM", "qwen3", **{"head_dim": 24, "attention_bias": False, **config})
+
+
+def phi3(**config: Any) -> dict[str, Any]:
+    return _config("Phi3ForCausalLM", "phi3", **{"sliding_window": None, "pad_token_id": 0, **config})
+
+
+def stablelm(**config: Any) -> dict[str, Any]:
+    return _config(
+        "StableLmForCausalLM", "stablelm",
+        **{"rms_norm_eps": None, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, **config},
+    )  # fmt: skip
+
+
+def rope_scaling(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": kind, **values}}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    """Phi-3's spelling: the lists in the object, the original context beside it. Both lists matter to every pair."""
+    short = [1.0 + 0.05 * pair for pair in range(pairs)]
+    long = [1.2 + 1.5 * pair for pair in range(pairs)]
+    return {
+        "rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long},
+        "original_max_position_embeddings": ORIGINAL,
+    }
+
+
+ORIGINAL = 64
+"""The context before scaling, half of what the scaled rows are asked for."""
+LLAMA3 = rope_scaling(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=ORIGINAL
+)
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llama", llama(), invariant=True),
+    Family("llama-tied-biased", llama(tie_word_embeddings=True, attention_bias=True, mlp_bias=True), ("tied", "bias")),
+    Family("llama-rope-linear", llama(**rope_scaling("linear", factor=4.0), max_position_embeddings=32)),
+    Family("llama-rope-llama3", llama(**LLAMA3, rope_theta=5e5)),
+    Family("llama-rope-yarn", llama(**rope_scaling("yarn", **YARN), max_position_embeddings=32)),
+    Family(
+        "llama-rope-yarn-options",
+        llama(**rope_scaling("yarn", **YARN, truncate=False, beta_fast=4, beta_slow=1, mscale=2.0, mscale_all_dim=0.5)),
+    ),
+    Family(
+        "llama-rope-dynamic-within",
+        llama(**rope_scaling("dynamic", factor=4.0), max_position_embeddings=ORIGINAL),
+        max_model_len=ORIGINAL,
+    ),
+    Family(
+        "llama-rope-dynamic-beyond",
+        llama(**rope_scaling("dynamic", factor=4.0), max_position_embeddings=ORIGINAL),
+        invariant=True,
+    ),
+    Family("qwen2", qwen2(), ("bias",)),
+    Family("qwen2-window-tied", qwen2(**SLIDING, tie_word_embeddings=True), ("bias", "window", "tied"), invariant=True),
+    Family("qwen2-rope-yarn", qwen2(rope_scaling={"type": "yarn", **YARN}, max_position_embeddings=32), ("bias",)),
+    Family("mistral-window", mistral(sliding_window=16), ("window",), invariant=True),
+    Family("mistral-wide-heads", mistral(head_dim=24, rope_theta=1e6)),
+    Family("qwen3", qwen3(), ("qk-norm",), invariant=True),
+    Family(
+        "qwen3-window-tied-biased",
+        qwen3(**SLIDING, tie_word_embeddings=True, attention_bias=True),
+        ("qk-norm", "bias", "window", "tied"),
+    ),
+    Family("phi3-window", phi3(sliding_window=15), ("window", "fused tensors"), invariant=True),
+    Family("phi3-longrope-within", phi3(**longrope(8)), ("fused tensors",), max_model_len=ORIGINAL),
+    Family("phi3-longrope-beyond", phi3(**longrope(8)), ("fused tensors",), invariant=True),
+    Family(
+        "phi4-mini",
+        phi3(**longrope(6), partial_rotary_factor=0.75, tie_word_embeddings=True),
+        ("fused tensors", "partial rotary", "tied"),
+    ),
+    Family("stablelm", stablelm(use_qkv_bias=True), ("layer norm", "partial rotary", "bias"), invariant=True),
+    Family(
+        "stablelm-2-12b",
+        stablelm(qk_layernorm=True, use_parallel_residual=True, partial_rotary_factor=0.5),
+        ("layer norm", "partial rotary", "qk-norm"),
+        invariant=True,
+    ),
+)
+BY_NAME = {family.name: family for family in FAMILIES}
