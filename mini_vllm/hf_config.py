@@ -32,7 +32,62 @@ ROPE_OPTIONAL_KEYS: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("attention_factor",),
 }
+KEY_NAMES: dict[str, dict[str, str]] = {
+    "gemma2": {"hidden_act": "hidden_activation"},
+    "gemma3_text": {"hidden_act": "hidden_activation"},
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "hidden_act": "activation_function",
+    },
+    "opt": {"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+}
+"""What files of a model_type call a key that most call otherwise. The usual name is read where theirs is not given."""
+_GEMMA_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}
 MODEL_TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        **_GEMMA_DEFAULTS,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {**_GEMMA_DEFAULTS, "sliding_window_pattern": 6},
+    "gpt2": {
+        "hidden_act": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+    },
+    "opt": {
+        "hidden_act": "relu",
+        "do_layer_norm_before": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "tie_word_embeddings": True,
+    },
+    "llama4_text": {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "intermediate_size_mlp": 16384,
+        "interleave_moe_layer_step": 1,
+        "no_rope_layer_interval": 4,
+        "attention_chunk_size": 8192,
+        "use_qk_norm": True,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
     "phi3": {"rms_norm_eps": 1e-5},
     "qwen3": {"head_dim": 128},
@@ -44,6 +99,10 @@ _ROPE_OTHER_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _ROPE_REFUSED_KEYS = ("short_mscale", "long_mscale", "mrope_section")
 _PARTIAL_ROTARY_DEFAULTS = {"stablelm": 0.25}
 _LIMIT_IS_STRETCHED_ALREADY = ("gemma3", "gemma3_text")
+_ROPE_THETA_DEFAULTS = {"gemma3_text": 1e6, "llama4_text": 5e5}
+_LOCAL_ROPE_THETA_DEFAULT = 1e4
+_WITH_LOCAL_ROPE = ("gemma3_text",)
+"""Model types whose sliding-window layers turn by frequencies of their own."""
 _NO_DEFAULT: Any = object()
 _TOO_LARGE = 10**300
 
@@ -89,6 +148,8 @@ class HFConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any] = field(repr=False, hash=False)
+    local_rope: RopeConfig | None = None
+    """Of sliding-window layers, in families where it is not `rope`."""
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "HFConfig":
@@ -110,7 +171,7 @@ class HFConfig:
             model_type=read.model_type,
             vocab_size=read.integer("vocab_size"),
             hidden_size=read.integer("hidden_size"),
-            intermediate_size=read.integer("intermediate_size"),
+            intermediate_size=read.intermediate_size(),
             num_hidden_layers=read.integer("num_hidden_layers"),
             num_attention_heads=num_heads,
             num_key_value_heads=read.kv_heads(num_heads),
@@ -127,7 +188,23 @@ class HFConfig:
             bos_token_id=read.optional_integer("bos_token_id", minimum=0),
             eos_token_ids=read.eos_token_ids(),
             raw=dict(d),
+            local_rope=read.local_rope(),
         )
+
+    def optional_number(self, key: str) -> float | None:
+        """An option only one family has: a positive number, None where it is null. Raises `CheckpointError`."""
+        read = _Reader(self.raw)
+        return None if read.d.get(key) is None else read.number(key)
+
+    def number(self, key: str) -> float:
+        """The same where the family cannot do without."""
+        return _Reader(self.raw).number(key)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return _Reader(self.raw).integer(key, _NO_DEFAULT if default is None else default)
+
+    def boolean(self, key: str) -> bool:
+        return _Reader(self.raw).boolean(key)
 
     @property
     def derived_max_model_len(self) -> int:
@@ -151,8 +228,9 @@ class HFConfig:
         'auto', which may shrink to the pool when the model is long built, counts as None: what the pool holds never
         changes a token.
         """
-        rope = replace(self.rope, max_model_len=self.default_max_model_len if max_model_len is None else max_model_len)
-        return replace(self, rope=rope)
+        limit = self.default_max_model_len if max_model_len is None else max_model_len
+        local_rope = None if self.local_rope is None else replace(self.local_rope, max_model_len=limit)
+        return replace(self, rope=replace(self.rope, max_model_len=limit), local_rope=local_rope)
 
 
 def generation_config(path: str | Path) -> dict[str, Any]:
@@ -175,12 +253,14 @@ class _Reader:
     """Typed look-ups in config.json; `null` counts as absent, as it does for the tools that write the file."""
 
     def __init__(self, d: Mapping[str, Any]) -> None:
-        self.d = d
+        self.d, self.names = d, dict[str, str]()
         self.model_type = self.string("model_type", "")
-        self.d = {**MODEL_TYPE_DEFAULTS.get(self.model_type, {}), **d}
+        self.names = KEY_NAMES.get(self.model_type, {})
+        named = {key: d[name] for key, name in self.names.items() if d.get(name) is not None}
+        self.d = {**MODEL_TYPE_DEFAULTS.get(self.model_type, {}), **d, **named}
 
     def fail(self, key: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{CONFIG_FILE}: {key} {problem}")
+        return CheckpointError(f"{CONFIG_FILE}: {self.names.get(key, key)} {problem}")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.d.get(key)
@@ -199,7 +279,11 @@ class _Reader:
     def optional_integer(self, key: str, minimum: int) -> int | None:
         return None if self.d.get(key) is None else self.integer(key, minimum=minimum)
 
-    def number(self, key: str, default: float) -> float:
+    def intermediate_size(self) -> int:
+        default = 4 * self.integer("hidden_size") if self.model_type == "gpt2" else _NO_DEFAULT
+        return self.integer("intermediate_size", default)
+
+    def number(self, key: str, default: Any = _NO_DEFAULT) -> float:
         return _positive_number(self._get(key, default), self, key)
 
     def boolean(self, key: str) -> bool:
@@ -256,7 +340,17 @@ class _Reader:
 
     def rope(self) -> RopeConfig:
         """`rope_parameters` where there is one, else `rope_scaling`; theta inside it goes before `rope_theta`."""
-        key, parameters = self._rope_parameters()
+        key, parameters = self._rope_parameters("full_attention")
+        return self._rope_config(key, parameters, "rope_theta", _ROPE_THETA_DEFAULTS.get(self.model_type, 10000.0))
+
+    def local_rope(self) -> RopeConfig | None:
+        """Gemma 3's, whose files once gave no more of it than `rope_local_base_freq`."""
+        if self.model_type not in _WITH_LOCAL_ROPE:
+            return None
+        key, parameters = self._rope_parameters("sliding_attention")
+        return self._rope_config(key, parameters, "rope_local_base_freq", _LOCAL_ROPE_THETA_DEFAULT)
+
+    def _rope_config(self, key: str, parameters: dict[str, Any], theta_key: str, default_theta: float) -> RopeConfig:
         rope_type = self._rope_type(key, parameters)
         needed, optional = ROPE_SCALING_KEYS[rope_type], ROPE_OPTIONAL_KEYS.get(rope_type, ())
         for name in sorted(set(parameters) - set(needed) - set(optional) - _ROPE_OTHER_KEYS):
@@ -270,7 +364,7 @@ class _Reader:
             raise self.fail(f"{key}.high_freq_factor", "must be above low_freq_factor")
         if rope_type == "yarn" and scaling.get("beta_fast", 32) <= scaling.get("beta_slow", 1):
             raise self.fail(f"{key}.beta_fast", "must be above beta_slow")
-        theta = self._rope_number(key, parameters, "rope_theta", 10000.0)
+        theta = self._rope_number(key, parameters, "rope_theta", default_theta, theta_key)
         default_partial = _PARTIAL_ROTARY_DEFAULTS.get(self.model_type, 1.0)
         partial = self._rope_number(key, parameters, "partial_rotary_factor", default_partial)
         if partial > 1:
@@ -313,7 +407,7 @@ class _Reader:
             return value
         return _positive_number(value, self, key)
 
-    def _rope_parameters(self) -> tuple[str, dict[str, Any]]:
+    def _rope_parameters(self, layer_type: str) -> tuple[str, dict[str, Any]]:
         given = [key for key in ("rope_parameters", "rope_scaling") if self.d.get(key)]
         if len(given) == 2 and self.d["rope_parameters"] != self.d["rope_scaling"]:
             raise self.fail("rope_scaling", "contradicts rope_parameters")
@@ -321,15 +415,31 @@ class _Reader:
         parameters = self.d.get(key) or {}
         if not isinstance(parameters, dict):
             raise self.fail(key, f"must be an object, got {parameters!r}")
+        if self.model_type in _WITH_LOCAL_ROPE:
+            key, parameters = self._rope_parameters_of(layer_type, key, parameters)
         for name, value in parameters.items():
             if isinstance(value, dict):
                 raise UnsupportedModelError(f"{CONFIG_FILE}: {key}.{name}: parameters per layer type are not supported")
         return key, parameters
 
-    def _rope_number(self, key: str, parameters: dict[str, Any], name: str, default: float | None) -> float:
-        inner, outer = parameters.get(name), self.d.get(name)
+    def _rope_parameters_of(self, layer_type: str, key: str, parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """`rope_parameters` has an object per layer type; the older `rope_scaling` is about full attention alone."""
+        if key == "rope_scaling":
+            return key, parameters if layer_type == "full_attention" else {}
+        if set(parameters) - {"full_attention", "sliding_attention"}:
+            raise self.fail(key, f"must have parameters per layer type, got {parameters!r}")
+        of_layers = parameters.get(layer_type) or {}
+        if not isinstance(of_layers, dict):
+            raise self.fail(f"{key}.{layer_type}", f"must be an object, got {of_layers!r}")
+        return f"{key}.{layer_type}", of_layers
+
+    def _rope_number(
+        self, key: str, parameters: dict[str, Any], name: str, default: float | None, outer_name: str | None = None
+    ) -> float:
+        outer_name = outer_name or name
+        inner, outer = parameters.get(name), self.d.get(outer_name)
         if inner is not None and outer is not None and inner != outer:
-            raise self.fail(f"{key}.{name}", f"{inner!r} contradicts {name} {outer!r}")
+            raise self.fail(f"{key}.{name}", f"{inner!r} contradicts {outer_name} {outer!r}")
         value = inner if inner is not None else outer
         return _positive_number(default if value is None else value, self, name)
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 VOCAB_SIZE = 128
 MAX_MODEL_LEN = 128
-FEATURES = ("tied", "bias", "window", "qk-norm", "partial rotary", "fused tensors", "layer norm")
+FEATURES = ("tied", "bias", "window", "qk-norm", "partial rotary", "fused tensors", "layer norm", "no-rope layers")
 """What a row may say it has, beside its rope scaling."""
 
 Tensors = dict[str, torch.Tensor]
@@ -136,6 +136,13 @@ def stablelm(**config: Any) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def llama4(**config: Any) -> dict[str, Any]:
+    """Dense, one layer of each kind, sharpening every 16 tokens, a chunk as long as the longest request."""
+    sizes = {"head_dim": 16, "intermediate_size_mlp": 80, "moe_layers": [], "num_hidden_layers": 3}
+    attention = {"no_rope_layer_interval": 2, "floor_scale": 16, "attention_chunk_size": MAX_MODEL_LEN}
+    return _config("Llama4ForCausalLM", "llama4_text", **{**sizes, **attention, "attn_scale": 0.5, **config})
+
+
 def rope_scaling(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": kind, **values}}
 
@@ -178,6 +185,12 @@ FAMILIES: tuple[Family, ...] = (
         llama(**rope_scaling("dynamic", factor=4.0), max_position_embeddings=ORIGINAL),
         invariant=True,
     ),
+    Family("llama4-dense", llama4(), ("qk-norm", "no-rope layers"), invariant=True),
+    Family(
+        "llama4-dense-without-norms",
+        llama4(use_qk_norm=False, attn_temperature_tuning=False, attention_bias=True, rope_theta=1e4, **LLAMA3),
+        ("bias", "no-rope layers"),
+    ),
     Family("qwen2", qwen2(), ("bias",)),
     Family("qwen2-window-tied", qwen2(**SLIDING, tie_word_embeddings=True), ("bias", "window", "tied"), invariant=True),
     Family("qwen2-rope-yarn", qwen2(rope_scaling={"type": "yarn", **YARN}, max_position_embeddings=32), ("bias",)),
@@ -205,4 +218,14 @@ FAMILIES: tuple[Family, ...] = (
         invariant=True,
     ),
 )
+KNOWN_AS: dict[str, str] = {
+    "Llama4ForCausalLM": "Llama 4 text where dense; the published ones have experts, and are refused by name",
+    "LlamaForCausalLM": "Llama 2, 3, 3.1, 3.2, 3.3; TinyLlama, SmolLM, Yi, Vicuna",
+    "MistralForCausalLM": "Mistral 7B, Nemo, Small",
+    "Phi3ForCausalLM": "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
+    "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
+    "Qwen3ForCausalLM": "Qwen3 (dense)",
+    "StableLmForCausalLM": "StableLM 3B, Zephyr 3B, StableLM 2 1.6B and 12B",
+}
+"""Checkpoints that are published under an architecture."""
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=default_out, help="model folder; must hold tokenizer.json")
     add("--run-dir", type=Path, default=HERE / "run", help="checkpoint, log and PAUSE file")
     add("--seed", type=int, default=20261120, help="seed of weights and data order")
-    add("--tokens", type=int, default=26_000_000, help="training tokens in all")
+    add("--tokens", type=int, default=24_000_000, help="training tokens in all")
     add("--batch-tokens", type=int, default=8192, help="tokens per optimizer step")
     add("--micro-tokens", type=int, default=8192, help="tokens per forward and backward pass")
     add("--seq-len", type=int, default=512, help="row length in the first part")
@@ -272,9 +272,9 @@ class Trainer:
             self.wait_while_paused()
             begin = time.monotonic()
             losses.append(self.train_step())
+            self.wall_s += time.monotonic() - begin
             window_s += time.monotonic() - begin
             if self.step % self.args.log_every == 0:
-                self.wall_s += window_s
                 self.log_progress(losses, window_s)
                 window_s, losses = 0.0, []
             if self.step % self.args.eval_every == 0:

@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from mini_vllm.config import (
     ParallelConfig,
     SchedulerConfig,
 )
+from mini_vllm.engine.model_source import ModelSource
 from mini_vllm.exceptions import CheckpointError, ConfigError
 from mini_vllm.logger import init_logger
 
@@ -52,7 +54,7 @@ _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     collect_detailed_traces compilation_config config_format cpu_offload_gb data_parallel_address
     data_parallel_backend data_parallel_rank data_parallel_size decode_context_parallel_size
     disable_cascade_attn disable_chunked_mm_input disable_custom_all_reduce disable_hybrid_kv_cache_manager
-    disable_sliding_window distributed_executor_backend download_dir enable_chunked_prefill enable_dbo
+    disable_sliding_window distributed_executor_backend enable_chunked_prefill enable_dbo
     enable_eplb enable_expert_parallel enable_lora enable_mm_embeds enable_prompt_embeds enable_sleep_mode
     enforce_eager eplb_config fully_sharded_loras hf_config_path hf_overrides hf_token ignore_patterns
     io_processor_plugin kv_cache_dtype kv_events_config kv_offloading_size kv_sharing_fast_prefill
@@ -62,10 +64,9 @@ _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     mm_processor_kwargs model_impl model_loader_extra_config node_rank nnodes observability_config
     otlp_traces_endpoint override_attention_dtype override_generation_config pipeline_parallel_size
     pooler_config prefill_context_parallel_size prefix_caching_hash_algo pt_load_map_location quantization
-    ray_workers_use_nsight reasoning_parser revision runner scheduler_cls served_model_name
+    ray_workers_use_nsight reasoning_parser runner scheduler_cls served_model_name
     show_hidden_metrics_for_version skip_tokenizer_init speculative_config stream_interval
-    structured_outputs_config swap_space task tokenizer_mode tokenizer_revision use_tqdm_on_load
-    video_pruning_rate worker_cls worker_extension_cls""".split()
+    structured_outputs_config swap_space task tokenizer_mode     video_pruning_rate worker_cls worker_extension_cls""".split()
 )
 
 
@@ -78,9 +79,17 @@ class EngineArgs:
     """Everything that can be set when an engine is built. Raises `ConfigError` naming the argument."""
 
     model: str | None = _arg(
-        None, "model", "Folder with config.json and weights, or a GGUF file. Default: the bundled model."
+        None, "model",
+        "Folder with config.json and weights, a GGUF file, or a name on the Hugging Face hub: org/name, or "
+        "org/name:Q4_K_M for one of its GGUF files. Default: the bundled model.",
+    )  # fmt: skip
+    tokenizer: str | None = _arg(
+        None, "model", "Folder with the tokenizer's files, a GGUF file, or a name on the hub. Default: the model's."
     )
-    tokenizer: str | None = _arg(None, "model", "Folder with tokenizer.json. Default: the model's folder.")
+    revision: str | None = _arg(None, "model", "Branch, tag or commit of a model on the hub. Default: its main branch.")
+    tokenizer_revision: str | None = _arg(
+        None, "model", "The same for a tokenizer on the hub. Default: the model's, or the tokenizer's main branch."
+    )
     trust_remote_code: bool = _arg(
         False, "model", "Exists to be refused: code that comes with a checkpoint is never run."
     )
@@ -107,6 +116,12 @@ class EngineArgs:
         "auto takes safetensors from a folder and GGUF from a .gguf file; dummy makes random weights.",
         ("auto", "safetensors", "gguf", "dummy"),
     )  # fmt: skip
+    download_dir: str | None = _arg(
+        None, "load", "Where models of the hub are kept. Default: the hub's own cache (HF_HOME, HF_HUB_CACHE)."
+    )
+    use_tqdm_on_load: bool = _arg(
+        True, "load", "Show progress of downloading and loading; never shown where standard error is no terminal."
+    )
 
     block_size: int = _arg(DEFAULT_BLOCK_SIZE, "cache", "Tokens in one KV cache block.")
     enable_prefix_caching: bool = _arg(True, "cache", "Reuse the KV cache of prompts that begin alike.")
@@ -159,28 +174,41 @@ class EngineArgs:
 
     # -- what the arguments resolve to ----------------------------------------------------------------------
 
+    @cached_property
+    def model_source(self) -> ModelSource:
+        """Where the model's files are, resolved once, so that all of them are of one commit."""
+        if self.model is None and self.load_format == "gguf":
+            raise ConfigError("model: load_format='gguf' needs the path of a .gguf file")
+        return self._source("model", str(DEFAULT_MODEL) if self.model is None else self.model, self.revision)
+
     @property
     def is_gguf(self) -> bool:
-        """Whether the model is a GGUF file, by its name or because `load_format` says so."""
-        from mini_vllm.gguf.reader import is_gguf_path
-
-        return self.load_format == "gguf" or (self.model is not None and is_gguf_path(self.model))
+        """Whether the model is a GGUF file, by its name, because `load_format` says so, or as all its repository has."""
+        return self.model_source.is_gguf
 
     @property
     def model_folder(self) -> Path:
         """The folder of the model, or its GGUF file, checked to exist. Raises `CheckpointError`."""
-        if self.is_gguf:
-            return _require_gguf_file(self)
-        if self.model is None:
-            return _require_model_folder("model (the bundled one)", DEFAULT_MODEL)
-        return _require_model_folder("model", Path(self.model).expanduser())
+        return self.model_source.path
+
+    def _source(self, field: str, name: str, revision: str | None) -> ModelSource:
+        load_format = self.load_format if field == "model" else "auto"
+        return ModelSource(name, field, load_format, revision, self.download_dir, self.use_tqdm_on_load)
+
+    @cached_property
+    def tokenizer_source(self) -> ModelSource:
+        """Where the tokenizer's files are: with the model unless the arguments say otherwise."""
+        if self.tokenizer is None and self.tokenizer_revision is None:
+            return self.model_source
+        name = self.model_source.name if self.tokenizer is None else self.tokenizer
+        return self._source("tokenizer", name, self.tokenizer_revision)
 
     def load_tokenizer(self) -> "Tokenizer":
         """The tokenizer these arguments name. Raises `CheckpointError`."""
         from mini_vllm.text.tokenizer import Tokenizer
 
-        path = self.model_folder if self.tokenizer is None else Path(self.tokenizer).expanduser()
-        if path.suffix == ".gguf" or (self.tokenizer is None and self.is_gguf):
+        path = self.tokenizer_source.path
+        if self.tokenizer_source.is_gguf:
             from mini_vllm.gguf.reader import open_gguf
             from mini_vllm.gguf.tokenizer import gguf_tokenizer
 
@@ -226,12 +254,15 @@ class EngineArgs:
     def create_engine_config(self, tokenizer: "Tokenizer | None" = None) -> EngineConfig:
         """Read config.json, resolve what is 'auto' except what needs memory to be measured, and split it up.
 
-        tokenizer: one that is loaded already, for its vocabulary size.
+        tokenizer: one that is loaded already, for its vocabulary size. Weights of a model on the hub are fetched last,
+        when everything else is known to be right.
         """
         hf_config = self.load_hf_config()
         if tokenizer is None:
             tokenizer = self.load_tokenizer()
         max_model_len = self._resolve_max_model_len(hf_config)
+        if self.load_format != "dummy":
+            self._fetch_weights(hf_config)
         return EngineConfig(
             model=ModelConfig(
                 model=str(self.model_folder),
@@ -246,10 +277,19 @@ class EngineArgs:
             scheduler=SchedulerConfig(
                 **self._fields_of(SchedulerConfig) | {"policy": self.scheduling_policy, "max_model_len": max_model_len}
             ),
-            load=LoadConfig(**self._fields_of(LoadConfig) | self._resolved_load_format()),
+            load=LoadConfig(
+                **self._fields_of(LoadConfig) | {"use_tqdm": self.use_tqdm_on_load} | self._resolved_load_format()
+            ),
             parallel=ParallelConfig(**self._fields_of(ParallelConfig)),
             device=DeviceConfig(**self._fields_of(DeviceConfig)),
         )
+
+    def _fetch_weights(self, hf_config: "HFConfig") -> None:
+        if self.model_source.is_on_hub and not self.is_gguf:
+            from mini_vllm.models.registry import ModelRegistry  # imports torch
+
+            ModelRegistry.resolve(hf_config.architectures)  # before gigabytes are downloaded for nothing
+            self.model_source.fetch_weights()
 
     def _fields_of(self, config: Any) -> dict[str, Any]:
         """The arguments that `config`, a dataclass, has under the same name."""
@@ -319,13 +359,17 @@ def parse_max_model_len(value: Any) -> int | str | None:
 
 _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
     "model": (str, os.PathLike), "tokenizer": (str, os.PathLike), "generation_config": (str, os.PathLike),
+    "revision": (str,), "tokenizer_revision": (str,), "download_dir": (str, os.PathLike), "use_tqdm_on_load": (bool,),
     "dtype": (str,), "load_format": (str,), "scheduling_policy": (str,), "device": (str,), "attention_backend": (str,),
     "trust_remote_code": (bool,), "enable_prefix_caching": (bool,), "disable_log_stats": (bool,),
     "block_size": (int,), "num_gpu_blocks_override": (int,), "max_num_batched_tokens": (int,), "max_num_seqs": (int,),
     "long_prefill_token_threshold": (int,), "tensor_parallel_size": (int,), "num_threads": (int,), "seed": (int,),
     "gpu_memory_utilization": (int, float),
 }  # fmt: skip
-_MAY_BE_NONE = frozenset({"model", "tokenizer", "seed", "num_gpu_blocks_override", "num_threads", "attention_backend"})
+_MAY_BE_NONE = frozenset(
+    "model tokenizer revision tokenizer_revision download_dir seed num_gpu_blocks_override num_threads "
+    "attention_backend".split()
+)
 
 
 def _require_types(args: EngineArgs) -> None:
@@ -340,25 +384,3 @@ def _require_types(args: EngineArgs) -> None:
             object.__setattr__(args, name, os.fspath(value))
     if args.num_threads is not None and args.num_threads < 1:
         raise ConfigError(f"num_threads: must be at least 1, got {args.num_threads}")
-
-
-def _require_gguf_file(args: EngineArgs) -> Path:
-    from mini_vllm.gguf.reader import resolve_gguf_path
-
-    if args.model is None:
-        raise ConfigError("model: load_format='gguf' needs the path of a .gguf file")
-    if args.load_format == "safetensors":
-        raise ConfigError(f"load_format: {args.model!r} is a GGUF file; use load_format='gguf' or 'auto'")
-    return resolve_gguf_path(args.model)
-
-
-def _require_model_folder(name: str, folder: Path) -> Path:
-    if not folder.is_dir():
-        kind = "is a file; a folder is needed" if folder.exists() else "is no local folder"
-        raise CheckpointError(
-            f"{name}: {str(folder)!r} {kind}. Looked for a folder with config.json and *.safetensors there; names of "
-            "models on the Hugging Face hub are not resolved yet, so download the model first and pass its folder"
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{name}: {folder} has no config.json, so it is no model checkpoint")
-    return folder

@@ -20,9 +20,11 @@ from mini_vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-_HARMLESS_KEYS = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "use_parallel_residual")
+_HARMLESS_KEYS = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")
 _REFUSED_KEYS = ("expert_count", "attention.max_alibi_bias", "attention.clamp_kqv", "attention.scale", "logit_scale")
 """They change the result where they are set and not 0, and no family here has them."""
+_YARN_NEUTRAL = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_log_multiplier": 0.1}
+"""Values that change nothing."""
 _DTYPES = {F32: "float32", F64: "float32", F16: "float16", BF16: "bfloat16"}
 
 
@@ -108,6 +110,8 @@ def _rope(metadata: Metadata) -> dict[str, Any]:
 def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
     if "rope_freqs.weight" in metadata.file.tensors:
         return _explicit_factors(metadata)
+    if "rope_factors_long.weight" in metadata.file.tensors:
+        return _longrope(metadata)
     kind = metadata.string("rope.scaling.type", "none")
     old_factor = metadata.get("rope.scale_linear")
     if kind == "none" and old_factor in (None, 1.0):
@@ -121,7 +125,6 @@ def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
 
 
 def _yarn(metadata: Metadata, factor: float) -> dict[str, Any]:
-    """GGUF's attention factor multiplies YaRN's own 0.1 ln(factor) + 1; config.json's replaces it."""
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
@@ -130,9 +133,12 @@ def _yarn(metadata: Metadata, factor: float) -> dict[str, Any]:
     for ours, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
         if metadata.get(f"rope.scaling.{key}") is not None:
             scaling[ours] = metadata.number(f"rope.scaling.{key}")
-    extra = metadata.number("rope.scaling.attn_factor", 1.0) * metadata.number("rope.scaling.yarn_attn_factor", 1.0)
-    if extra != 1:
-        scaling["attention_factor"] = extra * (0.1 * math.log(factor) + 1)
+    for key in _YARN_NEUTRAL:
+        value = metadata.get(f"rope.scaling.{key}")
+        if value not in (None, _YARN_NEUTRAL[key]):
+            raise metadata.unsupported(
+                f"rope.scaling.{key}", f"= {value} is not supported: writers differ on its meaning"
+            )
     return scaling
 
 
@@ -141,9 +147,7 @@ def _explicit_factors(metadata: Metadata) -> dict[str, Any]:
 
     That is longrope's form with one list for every length.
     """
-    tensor = metadata.file.tensors["rope_freqs.weight"]
-    factors = tensor.read_rows().reshape(-1).tolist()
-    context = metadata.integer("context_length")
+    factors = _factors(metadata, "rope_freqs")
     for key in ("type", "factor", "original_context_length"):  # repeats what the factors say
         metadata.get(f"rope.scaling.{key}")
     return {
@@ -152,8 +156,30 @@ def _explicit_factors(metadata: Metadata) -> dict[str, Any]:
         "long_factor": factors,
         "factor": 1.0,
         "attention_factor": 1.0,
-        "original_max_position_embeddings": context,
+        "original_max_position_embeddings": metadata.integer("context_length"),
     }
+
+
+def _longrope(metadata: Metadata) -> dict[str, Any]:
+    """Phi-3's scaling: two lists, for texts within the original context and beyond."""
+    original = metadata.integer("rope.scaling.original_context_length")
+    metadata.get("rope.scaling.type")
+    return {
+        "rope_type": "longrope",
+        "short_factor": _factors(metadata, "rope_factors_short"),
+        "long_factor": _factors(metadata, "rope_factors_long"),
+        "factor": metadata.number("rope.scaling.factor", metadata.integer("context_length") / original),
+        "attention_factor": metadata.number("rope.scaling.attn_factor", 1.0),
+        "original_max_position_embeddings": original,
+    }
+
+
+def _factors(metadata: Metadata, name: str) -> list[float]:
+    tensor = metadata.file.tensors.get(f"{name}.weight")
+    if tensor is None or len(tensor.shape) != 1:
+        raise CheckpointError(f"{metadata.file.path.name}: tensor {name}.weight is missing or no vector")
+    factors: list[float] = tensor.read_rows().reshape(-1).tolist()
+    return factors
 
 
 def _special_token_ids(metadata: Metadata) -> dict[str, Any]:

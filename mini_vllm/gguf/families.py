@@ -22,8 +22,8 @@ class Family:
     outside the blocks. constants: config.json values the architecture implies. options: reads the config.json values
     only this family has. rotary_pairs: modules whose rows are stored for interleaved rotary embedding, a pair of
     rotated dimensions side by side, where checkpoints have the two halves of a head one after the other. transposed:
-    modules whose matrix checkpoints store the other way round. norms_plus_one: norm weights include the 1 that the
-    model adds.
+    modules whose matrix checkpoints store the other way round. per_head: modules whose rows, one a head, are tensors of
+    their own in checkpoints. norms_plus_one: norm weights include the 1 that the model adds.
     """
 
     architecture: str
@@ -37,6 +37,7 @@ class Family:
     options: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
     rotary_pairs: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    per_head: Mapping[str, str] = field(default_factory=dict)
     norms_plus_one: bool = False
 
 
@@ -52,6 +53,9 @@ _LLAMA_BLOCKS = {
     "ffn_down": "mlp.down_proj",
 }
 
+_FUSED = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+_WITHOUT_FUSED = {name: ours for name, ours in _LLAMA_BLOCKS.items() if name not in _FUSED}
+
 IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Read with the config, not with the weights."""
 
@@ -63,10 +67,27 @@ def _llama_options(metadata: Metadata) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
-    if metadata.get("attention.sliding_window") is not None:
-        options |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-        options |= {"sliding_window": metadata.integer("attention.sliding_window")}
+    if window := _window(metadata):
+        options |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     return options
+
+
+def _window(metadata: Metadata) -> int | None:
+    """The sliding window; files of models without one may say 0."""
+    return metadata.integer("attention.sliding_window", 0, minimum=0) or None
+
+
+def _phi3_options(metadata: Metadata) -> dict[str, Any]:
+    return {"sliding_window": _window(metadata)}
+
+
+def _stablelm_options(metadata: Metadata) -> dict[str, Any]:
+    tensors = metadata.file.tensors
+    return {
+        "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+        "use_parallel_residual": metadata.boolean("use_parallel_residual", "blk.0.ffn_norm.weight" not in tensors),
+    }
 
 
 FAMILIES: dict[str, Family] = {
@@ -75,6 +96,21 @@ FAMILIES: dict[str, Family] = {
         constants={"hidden_act": "silu"}, options=_llama_options, rotary_pairs=("attn_q", "attn_k"),
     ),
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", _LLAMA_BLOCKS, constants={"hidden_act": "silu"}),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", "qwen3",
+        {**_LLAMA_BLOCKS, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+        constants={"hidden_act": "silu"},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM", "phi3",
+        {**_WITHOUT_FUSED, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        constants={"hidden_act": "silu"}, options=_phi3_options,
+    ),
+    "stablelm": Family(
+        "StableLmForCausalLM", "stablelm", _LLAMA_BLOCKS,
+        constants={"hidden_act": "silu"}, options=_stablelm_options,
+        per_head={"attn_q_norm": "self_attn.q_layernorm.norms", "attn_k_norm": "self_attn.k_layernorm.norms"},
+    ),
 }  # fmt: skip
 """general.architecture -> its family."""
 

@@ -248,7 +248,7 @@ class _Cursor:
     def _strings(self, length: int, key: str) -> list[Any]:
         """A vocabulary has hundreds of thousands, so this loop does without calls."""
         data, offset, size, unpack = self.data, self.offset, len(self.data), struct.Struct("<Q").unpack_from
-        items = []
+        items: list[bytes] = []
         for _ in range(length):
             start = offset + 8
             offset = start + unpack(data, offset)[0] if start <= size else start

@@ -61,6 +61,9 @@ def checkpoint_tensors(file: GGUFFile) -> Iterator[CheckpointTensor]:
         module = tensor.name.rpartition(".")[0]
         block = _BLOCK.fullmatch(module)
         stem = block[2] if block else module
+        if block and stem in family.per_head:
+            yield from _heads(tensor, f"{family.layers}.{block[1]}.{family.per_head[stem]}")
+            continue
         yield CheckpointTensor(
             checkpoint_name(file, family, tensor.name),
             tensor,
@@ -68,6 +71,12 @@ def checkpoint_tensors(file: GGUFFile) -> Iterator[CheckpointTensor]:
             transposed=stem in family.transposed and len(tensor.shape) == 2,
             offset=-1.0 if family.norms_plus_one and stem.endswith("norm") else 0.0,
         )
+
+
+def _heads(tensor: GGUFTensor, prefix: str) -> Iterator[CheckpointTensor]:
+    for head, row in enumerate(tensor.raw):
+        stored = GGUFTensor(tensor.name, tensor.shape[1:], tensor.kind, row[None])
+        yield CheckpointTensor(f"{prefix}.{head}.{tensor.name.rpartition('.')[2]}", stored)
 
 
 def checkpoint_name(file: GGUFFile, family: Family, name: str) -> str:

@@ -1,4 +1,6 @@
-"""Gated activations of feed-forward layers."""
+"""Activations of feed-forward layers: plain, and gated over a projection that is gate and value side by side."""
+
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,56 @@ class SiluAndMul(nn.Module):
         return F.silu(gate) * up
 
 
+class GeluAndMul(nn.Module):
+    """gelu(gate) * up (GeGLU, Shazeer 2020) on a fused projection: [N, 2 d] -> [N, d].
+
+    approximate: "none" for x * Phi(x), "tanh" for the formula that stands in for it (Hendrycks and Gimpel 2016).
+    """
+
+    def __init__(self, approximate: str) -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.gelu(gate, approximate=self.approximate) * up
+
+
+def _gelu_tanh() -> nn.Module:
+    return nn.GELU(approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}
+_GATED_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": SiluAndMul,
+    "swish": SiluAndMul,
+    "gelu": lambda: GeluAndMul("none"),
+    "gelu_new": lambda: GeluAndMul("tanh"),
+    "gelu_pytorch_tanh": lambda: GeluAndMul("tanh"),
+}
+
+
+def get_act(hidden_act: str) -> nn.Module:
+    """The activation a config names, [N, d] -> [N, d]. Raises `UnsupportedModelError` naming the supported ones."""
+    return _make(hidden_act, _ACTIVATIONS)
+
+
 def get_act_and_mul(hidden_act: str) -> nn.Module:
     """The gated activation a config names. Raises `UnsupportedModelError` naming it and the supported ones."""
-    if hidden_act not in ("silu", "swish"):
-        raise UnsupportedModelError(f"config.json: hidden_act {hidden_act!r} is not supported; supported is silu")
-    return SiluAndMul()
+    return _make(hidden_act, _GATED_ACTIVATIONS)
+
+
+def _make(hidden_act: str, known: Mapping[str, Callable[[], nn.Module]]) -> nn.Module:
+    if hidden_act not in known:
+        raise UnsupportedModelError(
+            f"config.json: hidden_act {hidden_act!r} is not supported; supported are {', '.join(known)}"
+        )
+    return known[hidden_act]()

@@ -1,18 +1,20 @@
-"""Vocabulary matrices: the token embedding and the language-model head, split over ranks by vocabulary rows.
+"""Vocabulary matrices (the token embedding and the head, split over ranks by vocabulary rows), learned positions.
 
-They know two sizes. `org_vocab_size` rows come from the checkpoint; `num_embeddings_padded` rounds that up so that
-ranks hold equal parts and kernels see round numbers. Padding rows are zero, are no tokens, and never leave
+The matrices know two sizes. `org_vocab_size` rows come from the checkpoint; `num_embeddings_padded` rounds that up so
+that ranks hold equal parts and kernels see round numbers. Padding rows are zero, are no tokens, and never leave
 `LogitsProcessor`.
 """
 
 from collections.abc import Hashable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mini_vllm.distributed.parallel_state import get_tp_group
+from mini_vllm.exceptions import ConfigError
 from mini_vllm.layers.linear import LoadedWeight, check_shape
-from mini_vllm.quantization.base import QuantizationConfig, QuantizeMethodBase
+from mini_vllm.quantization.base import QuantizationConfig, QuantizeMethodBase, set_weight_attrs
 from mini_vllm.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 
 VOCAB_PADDING_SIZE = 64
@@ -88,3 +90,38 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("the language-model head is no look-up table: use LogitsProcessor")
+
+
+class LearnedPositionEmbedding(nn.Module):
+    """A vector for each position, [N] -> [N, embedding_dim], whole on every rank. There are no others to be had.
+
+    offset: rows of the checkpoint's table before that of position 0. max_model_len: what the engine will ask for;
+    more than `num_positions` is a `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        num_positions: int,
+        embedding_dim: int,
+        *,
+        offset: int = 0,
+        max_model_len: int | None = None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        if max_model_len is not None and max_model_len > num_positions:
+            raise ConfigError(
+                f"max_model_len: {max_model_len} is more than the {num_positions} positions that the model has learned"
+            )
+        self.offset = offset
+        self.weight = nn.Parameter(torch.empty(num_positions + offset, embedding_dim, dtype=dtype), requires_grad=False)
+        set_weight_attrs(self.weight, {"weight_loader": self.weight_loader, "shard_ids": (None,)})
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return F.embedding(positions + self.offset, self.weight)
+
+    def weight_loader(
+        self, param: nn.Parameter, tensor: LoadedWeight, shard_id: Hashable = None, expert_id: int | None = None
+    ) -> None:
+        check_shape(tensor, param.shape)
+        param.data.copy_(tensor.narrow(0, 0, param.shape[0]))

@@ -5,8 +5,8 @@ parameter carries a `weight_loader(param, tensor, shard_id=None, expert_id=None)
 lazily, and `shard_ids`: the checkpoint tensors that must fill it, once each.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -50,6 +50,17 @@ class RowRange:
         if dim == 0:
             return self._tensor.narrow(0, self._start + start, length)
         return self._tensor.narrow(0, self._start, self._rows).narrow(dim, start, length)
+
+
+class Transposed:
+    """A checkpoint matrix seen the other way round, and read just as lazily."""
+
+    def __init__(self, tensor: LoadedWeight) -> None:
+        self._tensor = tensor
+        self.shape: Sequence[int] = tuple(reversed(tensor.shape))
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        return self._tensor.narrow(1 - dim, start, length).t()
 
 
 class LinearBase(nn.Module):
@@ -98,6 +109,19 @@ class LinearBase(nn.Module):
         for shard_id, rows in zip(shard_ids, self.output_sizes, strict=True):
             self.weight_loader(param, RowRange(tensor, start, rows), shard_id)
             start += rows
+
+    def load_transposed(self) -> Self:
+        """Expect the checkpoint to have the matrix as [input, output], as GPT-2's do. Returns the layer itself."""
+        assert self.weight is not None
+        loader: Callable[..., None] = self.weight.weight_loader  # type: ignore[attr-defined]
+
+        def load(
+            param: nn.Parameter, tensor: LoadedWeight, shard_id: Hashable = None, expert_id: int | None = None
+        ) -> None:
+            loader(param, Transposed(tensor), shard_id, expert_id)
+
+        set_weight_attrs(self.weight, {"weight_loader": load})
+        return self
 
     def extra_repr(self) -> str:
         return f"in={self.input_size_per_partition}, out={self.output_partition_sizes}, bias={self.bias is not None}"

@@ -7,9 +7,17 @@ from mini_vllm.layers.embedding import ParallelLMHead
 
 
 class LogitsProcessor(nn.Module):
-    """hidden [R, hidden] -> float32 logits [R, org_vocab_size], gathered over ranks."""
+    """hidden [R, hidden] -> float32 logits [R, org_vocab_size], gathered over ranks.
+
+    soft_cap c: logits become c * tanh(logits / c), as Gemma 2's do.
+    """
+
+    def __init__(self, *, soft_cap: float | None = None) -> None:
+        super().__init__()
+        self.soft_cap = soft_cap
 
     def forward(self, lm_head: ParallelLMHead, hidden: torch.Tensor) -> torch.Tensor:
         logits = lm_head.quant_method.apply(lm_head, hidden)
         logits = lm_head.tp_group.all_gather(logits)
-        return logits[:, : lm_head.org_vocab_size].to(torch.float32)
+        logits = logits[:, : lm_head.org_vocab_size].to(torch.float32)
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap

@@ -1,5 +1,7 @@
 """Root-mean-square (Zhang and Sennrich 2019) and layer normalisation (Ba et al. 2016), the residual sum beside them."""
 
+from collections.abc import Hashable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +32,28 @@ class RMSNorm(nn.Module):
         param.data.copy_(tensor.narrow(0, 0, param.shape[0]))
 
 
+class GemmaRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + w), all of it in float32 and only then rounded to x's type.
+
+    `weight` is 1 + w, the checkpoint having w, in float32 whatever the model's type: bfloat16 would lose most digits
+    of a small w in the sum.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(hidden_size, eps, dtype=torch.float32)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is not None:
+            x = x + residual
+        return F.rms_norm(x.float(), (self.hidden_size,), self.weight, self.eps).to(x.dtype), x
+
+    def weight_loader(
+        self, param: nn.Parameter, tensor: LoadedWeight, shard_id: object = None, expert_id: int | None = None
+    ) -> None:
+        super().weight_loader(param, tensor, shard_id, expert_id)
+        param.data.add_(1)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension. Used as `RMSNorm` is."""
 
@@ -53,3 +77,35 @@ class LayerNorm(nn.Module):
     ) -> None:
         check_shape(tensor, param.shape)
         param.data.copy_(tensor.narrow(0, 0, param.shape[0]))
+
+
+class PerHeadLayerNorm(nn.Module):
+    """Layer norm over each head with a weight per head and no bias: [N, heads, D] -> [N, heads, D].
+
+    In the checkpoint each head's weight is a tensor of its own, which is shard i of `weight` [heads, D] here; a rank
+    keeps those from `first_head` on.
+    """
+
+    def __init__(
+        self, total_heads: int, heads: int, first_head: int, head_dim: int, eps: float, *, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.first_head, self.eps = first_head, eps
+        self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype), requires_grad=False)
+        set_weight_attrs(self.weight, {"weight_loader": self.weight_loader, "shard_ids": tuple(range(total_heads))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+    def weight_loader(
+        self, param: nn.Parameter, tensor: LoadedWeight, shard_id: Hashable = None, expert_id: int | None = None
+    ) -> None:
+        assert isinstance(shard_id, int)
+        check_shape(tensor, param.shape[1:])
+        row = shard_id - self.first_head
+        if 0 <= row < len(param):
+            param.data[row].copy_(tensor.narrow(0, 0, param.shape[1]))
+
+
+NORMS = (RMSNorm, LayerNorm, PerHeadLayerNorm)
+"""Modules whose `weight` is a gain around 1."""

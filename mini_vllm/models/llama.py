@@ -44,7 +44,10 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Fused projection, rotary on queries and keys, paged attention, output projection."""
+    """Fused projection, rotary on queries and keys, paged attention, output projection.
+
+    scale: what scores are multiplied by; None is 1 / sqrt(head_dim). logit_softcap: see `Attention`.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class LlamaAttention(nn.Module):
         qkv_bias: bool,
         o_bias: bool,
         sliding_window: int | None = None,
+        scale: float | None = None,
+        logit_softcap: float | None = None,
         dtype: torch.dtype,
         quant_config: QuantizationConfig | None,
         prefix: str,
@@ -69,8 +74,8 @@ class LlamaAttention(nn.Module):
         )  # fmt: skip
         self.q_size, self.kv_size = self.qkv_proj.q_size, self.qkv_proj.kv_size
         self.attn = Attention(
-            self.qkv_proj.num_heads, self.head_dim, self.head_dim**-0.5, self.qkv_proj.num_kv_heads,
-            sliding_window=sliding_window, dtype=dtype, prefix=f"{prefix}.attn",
+            self.qkv_proj.num_heads, self.head_dim, scale or self.head_dim**-0.5, self.qkv_proj.num_kv_heads,
+            sliding_window=sliding_window, logit_softcap=logit_softcap, dtype=dtype, prefix=f"{prefix}.attn",
         )  # fmt: skip
 
     def forward(self, hidden: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
@@ -121,6 +126,8 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers, final norm."""
 
+    embedding_class: ClassVar[type[VocabParallelEmbedding]] = VocabParallelEmbedding
+
     def __init__(
         self,
         config: HFConfig,
@@ -131,7 +138,7 @@ class LlamaModel(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(
+        self.embed_tokens = self.embedding_class(
             config.vocab_size, config.hidden_size,
             dtype=dtype, quant_config=quant_config, prefix=f"{prefix}.embed_tokens",
         )  # fmt: skip
@@ -140,8 +147,13 @@ class LlamaModel(nn.Module):
             lambda prefix: layer_class(config, dtype=dtype, quant_config=quant_config, prefix=prefix),
             f"{prefix}.layers",
         )
-        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope)
+        self.rotary_emb = self.make_rotary(config)
         self.norm = layer_class.make_norm(config, dtype)
+
+    @staticmethod
+    def make_rotary(config: HFConfig) -> nn.Module:
+        """Positions [N] -> what every layer is handed to turn its heads by."""
+        return RotaryEmbedding(config.head_dim, config.rope)
 
     def forward(
         self,
@@ -170,6 +182,7 @@ class LlamaForCausalLM(nn.Module):
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
+    model_class: ClassVar[type[LlamaModel]] = LlamaModel
     layer_class: ClassVar[type[LlamaDecoderLayer]] = LlamaDecoderLayer
     unsupported_options: ClassVar[tuple[str, ...]] = ("sliding_window",)
 
@@ -184,7 +197,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         refuse_options(hf_config.raw, hf_config.model_type, self.unsupported_options)
         self.config = hf_config
-        self.model = LlamaModel(
+        self.model = self.model_class(
             hf_config, self.layer_class, dtype=dtype, quant_config=quant_config, prefix=join_prefix(prefix, "model")
         )
         self.lm_head = ParallelLMHead(

@@ -7,6 +7,7 @@ import torch
 from mini_vllm.exceptions import CheckpointError
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from mini_vllm.models.utils import layer_types
 from mini_vllm.quantization.base import QuantizationConfig
 
 DEFAULT_MAX_WINDOW_LAYERS = 28
@@ -17,17 +18,13 @@ def layer_window(config: HFConfig, layer: int) -> int | None:
     raw = config.raw
     if not raw.get("use_sliding_window", False) or config.sliding_window is None:
         return None
-    layer_types = raw.get("layer_types")
-    if layer_types is None:
+    types = layer_types(config)
+    if types is None:
         max_window_layers = raw.get("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)
         if isinstance(max_window_layers, bool) or not isinstance(max_window_layers, int):
             raise CheckpointError(f"config.json: max_window_layers must be an integer, got {max_window_layers!r}")
         return config.sliding_window if layer >= max_window_layers else None
-    known = ("full_attention", "sliding_attention")
-    per_layer = isinstance(layer_types, list) and len(layer_types) == config.num_hidden_layers
-    if not per_layer or any(kind not in known for kind in layer_types):
-        raise CheckpointError(f"config.json: layer_types must name one of {known} for each layer, got {layer_types!r}")
-    return config.sliding_window if layer_types[layer] == "sliding_attention" else None
+    return config.sliding_window if types[layer] == "sliding_attention" else None
 
 
 class Qwen2DecoderLayer(LlamaDecoderLayer):

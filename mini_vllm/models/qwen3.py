@@ -14,10 +14,12 @@ from mini_vllm.quantization.base import QuantizationConfig
 class Qwen3Attention(LlamaAttention):
     """Heads are normalised before they are turned; one weight over `head_dim` for all queries, one for all keys."""
 
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+
     def __init__(self, config: HFConfig, *, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(config, dtype=dtype, **kwargs)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype)
+        self.q_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
+        self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
 
     def prepare_heads(self, heads: torch.Tensor) -> torch.Tensor:
         query, key = heads.split([self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads], 1)

@@ -23,8 +23,13 @@ REQUIRED_METHODS = ("forward", "compute_logits", "embed_input_ids", "load_weight
 """What the engine calls on a model; see `models/llama.py` for their shapes."""
 
 _MODELS: dict[str, str | type[nn.Module]] = {
+    "GPT2LMHeadModel": "mini_vllm.models.gpt2:GPT2LMHeadModel",
+    "Gemma2ForCausalLM": "mini_vllm.models.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "mini_vllm.models.gemma3:Gemma3ForCausalLM",
+    "Llama4ForCausalLM": "mini_vllm.models.llama4:Llama4ForCausalLM",
     "LlamaForCausalLM": "mini_vllm.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "mini_vllm.models.mistral:MistralForCausalLM",
+    "OPTForCausalLM": "mini_vllm.models.opt:OPTForCausalLM",
     "Phi3ForCausalLM": "mini_vllm.models.phi3:Phi3ForCausalLM",
     "Qwen2ForCausalLM": "mini_vllm.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "mini_vllm.models.qwen3:Qwen3ForCausalLM",

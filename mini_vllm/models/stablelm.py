@@ -4,20 +4,16 @@ The 12B model normalises every head by weights of its own (`qk_layernorm`) and r
 side (`use_parallel_residual`).
 """
 
-from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from mini_vllm.exceptions import CheckpointError
 from mini_vllm.hf_config import HFConfig
-from mini_vllm.layers.linear import LoadedWeight, check_shape
-from mini_vllm.layers.norm import LayerNorm, RMSNorm
+from mini_vllm.layers.norm import LayerNorm, PerHeadLayerNorm, RMSNorm
 from mini_vllm.models.llama import CosSin, LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from mini_vllm.models.utils import PackedModulesMapping
-from mini_vllm.quantization.base import QuantizationConfig, set_weight_attrs
+from mini_vllm.quantization.base import QuantizationConfig
 
 DEFAULT_LAYER_NORM_EPS = 1e-5
 
@@ -27,34 +23,6 @@ def layer_norm_eps(config: HFConfig) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         raise CheckpointError(f"config.json: layer_norm_eps must be a positive number, got {value!r}")
     return float(value)
-
-
-class PerHeadLayerNorm(nn.Module):
-    """Layer norm over each head with a weight per head and no bias: [N, heads, D] -> [N, heads, D].
-
-    In the checkpoint each head's weight is a tensor of its own, which is shard i of `weight` [heads, D] here; a rank
-    keeps those from `first_head` on.
-    """
-
-    def __init__(
-        self, total_heads: int, heads: int, first_head: int, head_dim: int, eps: float, *, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.first_head, self.eps = first_head, eps
-        self.weight = nn.Parameter(torch.ones(heads, head_dim, dtype=dtype), requires_grad=False)
-        set_weight_attrs(self.weight, {"weight_loader": self.weight_loader, "shard_ids": tuple(range(total_heads))})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
-
-    def weight_loader(
-        self, param: nn.Parameter, tensor: LoadedWeight, shard_id: Hashable = None, expert_id: int | None = None
-    ) -> None:
-        assert isinstance(shard_id, int)
-        check_shape(tensor, param.shape[1:])
-        row = shard_id - self.first_head
-        if 0 <= row < len(param):
-            param.data[row].copy_(tensor.narrow(0, 0, param.shape[1]))
 
 
 class StableLmAttention(LlamaAttention):

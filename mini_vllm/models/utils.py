@@ -6,10 +6,12 @@ from typing import Any
 from torch import nn
 
 from mini_vllm.exceptions import CheckpointError, UnsupportedModelError
+from mini_vllm.hf_config import HFConfig
 from mini_vllm.layers.linear import LoadedWeight
 
 PackedModulesMapping = Mapping[str, Sequence[str]]
 """Fused module name -> names of the checkpoint modules it holds, in shard order."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
 _MAX_NAMES_SHOWN = 8
 
 
@@ -34,6 +36,20 @@ def refuse_options(raw_config: Mapping[str, Any], model_type: str, unsupported: 
             raise UnsupportedModelError(
                 f"config.json: {key}={raw_config[key]!r} is not supported for model_type {model_type!r}"
             )
+
+
+def layer_types(config: HFConfig) -> list[str] | None:
+    """The config's word on each layer, one of `LAYER_TYPES`; None when it has none. Raises `CheckpointError`."""
+    types = config.raw.get("layer_types")
+    if types is None:
+        return None
+    if (
+        not isinstance(types, list)
+        or len(types) != config.num_hidden_layers
+        or any(t not in LAYER_TYPES for t in types)
+    ):
+        raise CheckpointError(f"config.json: layer_types must name one of {LAYER_TYPES} for each layer, got {types!r}")
+    return types
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -5,6 +5,8 @@ query and key, and quantisation by the `gguf` package. `round_trip` gives what r
 """
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,33 @@ NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_layernorm.norms": "attn_q_norm",
+    "self_attn.k_layernorm.norms": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+GPT2_NAMES = {
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+TOP = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
+}  # fmt: skip
+ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""model_type -> general.architecture, where they differ."""
 
 ChooseType = Callable[[str, np.ndarray], Type]
 Encode = Callable[[str, np.ndarray, Type], np.ndarray]
@@ -38,12 +60,33 @@ def matrices_as(kind: Type) -> ChooseType:
     return lambda name, array: kind if array.ndim > 1 else Type.F32
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     module, _, leaf = name.rpartition(".")
     if module in TOP:
         return f"{TOP[module]}.{leaf}"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest]}.{leaf}"
+    match = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", module)
+    assert match is not None, name
+    names = GEMMA_NAMES if "gemma" in architecture else GPT2_NAMES if architecture == "gpt2" else NAMES
+    return f"blk.{match[1]}.{names[match[2]]}.{leaf}"
+
+
+def as_stored(name: str, array: np.ndarray, config: dict[str, Any], architecture: str) -> np.ndarray:
+    """What converters do to numbers: pairs side by side for llama, the 1 of Gemma's norms, GPT-2's other way round."""
+    if architecture == "llama" and ".q_proj." in name:
+        return interleave(array, config["num_attention_heads"])
+    if architecture == "llama" and ".k_proj." in name:
+        return interleave(array, config["num_key_value_heads"])
+    if "gemma" in architecture and name.endswith("norm.weight"):
+        return array + 1
+    return array.T if architecture == "gpt2" and ".c_" in name else array
+
+
+def stack_heads(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors of one head each, `...norms.3.weight`, as rows of one."""
+    stacked: dict[str, list[np.ndarray]] = {}
+    for name, array in arrays.items():
+        stacked.setdefault(re.sub(r"norms\.\d+", "norms", name), []).append(array)
+    return {name: np.stack(parts) if "norms" in name else parts[0] for name, parts in stacked.items()}
 
 
 def interleave(array: np.ndarray, heads: int) -> np.ndarray:
@@ -78,50 +121,84 @@ def write_gguf(
     encode: Encode = lambda name, array, kind: gguf.quantize(np.ascontiguousarray(array), kind),
     **writer_arguments: Any,
 ) -> Path:
-    """`folder`'s checkpoint (family llama or qwen2) as `file`. change: adds or replaces metadata last."""
+    """`folder`'s checkpoint as `file`. permute: convert numbers too. change: adds or replaces metadata last."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(file, config["model_type"], **writer_arguments)
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
+    writer = gguf.GGUFWriter(file, architecture, **writer_arguments)
     add_config(writer, config)
     if tokenizer and (folder / "tokenizer.json").is_file():
         add_bpe_tokenizer(writer, folder, padded_to=config["vocab_size"])
     if change is not None:
         change(writer)
-    for name, array in load_arrays(folder).items():
+    for name, array in stack_heads(load_arrays(folder)).items():
         if name in drop:
             continue
-        if permute and config["model_type"] == "llama" and ".q_proj." in name:
-            array = interleave(array, config["num_attention_heads"])
-        if permute and config["model_type"] == "llama" and ".k_proj." in name:
-            array = interleave(array, config["num_key_value_heads"])
-        kind = (choose or matrices_as(Type.F32))(name, array)
-        writer.add_tensor(gguf_name(name), encode(name, array, kind), raw_dtype=kind)
+        stored = as_stored(name, array, config, architecture) if permute else array
+        kind = (choose or matrices_as(Type.F32))(name, stored)
+        writer.add_tensor(gguf_name(name, architecture), encode(name, stored, kind), raw_dtype=kind)
     finish(writer)
     return file
 
 
 def add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    heads = config.get("num_attention_heads") or config["n_head"]
+    hidden = config.get("hidden_size") or config["n_embd"]
+    writer.add_embedding_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_context_length(config.get("max_position_embeddings") or config["n_positions"])
+    writer.add_block_count(config.get("num_hidden_layers") or config["n_layer"])
+    writer.add_feed_forward_length(config.get("intermediate_size") or 4 * hidden)
+    add_epsilon(writer, config)
     writer.add_vocab_size(config["vocab_size"])
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    writer.add_rope_dimension_count(head_dim)
+    if config["model_type"] == "gpt2":
+        return
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    head_dim = config.get("head_dim") or hidden // heads
+    writer.add_rope_dimension_count(int(head_dim * config.get("partial_rotary_factor", 1)))
     if "head_dim" in config:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    add_family_options(writer, config)
+    add_rope_scaling(writer, config, head_dim)
+
+
+def add_epsilon(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    for key in ("layer_norm_eps", "layer_norm_epsilon"):
+        if key in config:
+            return writer.add_layer_norm_eps(config[key])
+    return writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+
+
+def add_family_options(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    if config["model_type"] == "phi3" or config.get("sliding_window") is not None:
+        writer.add_sliding_window(config.get("sliding_window") or 0)
+    if "use_parallel_residual" in config:
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    if config.get("attn_logit_softcapping") is not None:
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if config.get("final_logit_softcapping") is not None:
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
+def add_rope_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], head_dim: int) -> None:
     scaling = config.get("rope_scaling") or {}
-    if scaling.get("rope_type") in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(scaling["factor"])
-    if scaling.get("rope_type") == "yarn":
+    if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-    if scaling.get("rope_type") == "llama3":
+    if kind == "llama3":
         add_tensor(writer, "rope_freqs.weight", llama3_factors(config, head_dim), Type.F32)
+    if kind == "longrope":
+        original = config["original_max_position_embeddings"]
+        stretch = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(stretch) / math.log(original)))
+        for length in ("long", "short"):
+            factors = np.asarray(scaling[f"{length}_factor"], dtype=np.float32)
+            add_tensor(writer, f"rope_factors_{length}.weight", factors, Type.F32)
 
 
 def llama3_factors(config: dict[str, Any], head_dim: int) -> np.ndarray:

@@ -133,7 +133,7 @@ def test_older_names_of_longrope_mean_the_same(spelling):
 
 
 def test_factor_lists_of_another_length_are_refused():
-    with pytest.raises(CheckpointError, match="long_factor must have a number for each of the 8 pairs.*got 6"):
+    with pytest.raises(CheckpointError, match=r"long_factor must have a number for each of the 8 pairs.*got 6"):
         build(config_of(phi3(**longrope(6))), max_model_len=128)
 
 

@@ -8,9 +8,9 @@ import torch
 from mini_vllm.distributed.parallel_state import use_tp_group
 from mini_vllm.exceptions import CheckpointError, UnsupportedModelError
 from mini_vllm.hf_config import HFConfig
-from mini_vllm.layers.norm import LayerNorm
+from mini_vllm.layers.norm import LayerNorm, PerHeadLayerNorm
 from mini_vllm.models.llama import LlamaDecoderLayer
-from mini_vllm.models.stablelm import PerHeadLayerNorm, StableLmDecoderLayer
+from mini_vllm.models.stablelm import StableLmDecoderLayer
 from tests.families import stablelm
 from tests.layers.test_linear import FakeGroup, randn
 from tests.models.oracle import BROKEN
