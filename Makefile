@@ -3,7 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := mini_vllm tests benchmarks training $(wildcard examples)
+SOURCES := mini_vllm tests benchmarks scripts training $(wildcard examples)
 PYTEST_ARGS ?=
 export VENV PYTHON
 

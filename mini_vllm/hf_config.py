@@ -91,6 +91,7 @@ MODEL_TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
     "phi3": {"rms_norm_eps": 1e-5},
     "qwen3": {"head_dim": 128},
+    "stablelm": {"layer_norm_eps": 1e-5},
 }
 """What a key that changes results means where a file of this model_type omits it, when not what others mean."""
 
@@ -165,6 +166,11 @@ class HFConfig:
     def from_dict(cls, d: Mapping[str, Any]) -> "HFConfig":
         """The same from the parsed JSON."""
         read = _Reader(d)
+        if isinstance(d.get("text_config"), dict) and read.d.get("num_attention_heads") is None:
+            raise UnsupportedModelError(
+                f"{CONFIG_FILE}: architectures {list(read.architectures())} is not supported: it has several parts, of "
+                "which text_config is one; only models of text alone are supported"
+            )
         num_heads = read.integer("num_attention_heads")
         return cls(
             architectures=read.architectures(),

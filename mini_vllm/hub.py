@@ -9,6 +9,7 @@ goes wrong is a `CheckpointError` that says what was tried.
 
 import glob
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,8 @@ def fetch_weights(snapshot: HubSnapshot, use_tqdm: bool = True) -> None:
 
     Raises `CheckpointError` when it has none: for pickled weights saying how to convert them, for GGUF how to ask.
     """
-    names = _list_files(snapshot)
-    wanted = _weight_names(snapshot, names)
-    _fetch(snapshot, wanted, use_tqdm)
+    if not (snapshot.folder / WEIGHTS_FILE).is_file():  # a commit never changes: what is there stays right
+        _fetch(snapshot, _weight_names(snapshot), use_tqdm)
 
 
 def fetch_gguf(snapshot: HubSnapshot, quant: str | None, use_tqdm: bool = True) -> Path:
@@ -121,12 +121,15 @@ def has_gguf(snapshot: HubSnapshot) -> bool:
 # --- which files ------------------------------------------------------------------------------------------
 
 
-def _weight_names(snapshot: HubSnapshot, names: list[str]) -> list[str]:
-    """The same choice as `find_weight_files` makes among files that are there."""
-    if WEIGHTS_FILE in names:
-        return [WEIGHTS_FILE]
+def _weight_names(snapshot: HubSnapshot) -> list[str]:
+    """What `find_weight_files` will look for in this folder."""
     if (snapshot.folder / INDEX_FILE).is_file():
         return sorted(tensors_by_file(snapshot.folder / INDEX_FILE))
+    names = _list_files(snapshot)
+    if WEIGHTS_FILE in names:
+        return [WEIGHTS_FILE]
+    if offline := _because_offline(_library()):
+        raise CheckpointError(f"{snapshot.field}: no weights of {snapshot.repo_id!r} are in {snapshot.folder}{offline}")
     if models := _gguf_models(names):
         raise CheckpointError(
             f"{snapshot.field}: {snapshot.repo_id!r} has no safetensors weights, but GGUF files; choose one: "
@@ -176,15 +179,15 @@ def _list_files(snapshot: HubSnapshot) -> list[str]:
 
 def _fetch(snapshot: HubSnapshot, names: list[str], use_tqdm: bool) -> None:
     missing = [name for name in names if not (snapshot.folder / name).is_file()]
-    if missing:
+    if missing and not _library().constants.HF_HUB_OFFLINE:
         logger.info("%s: fetching %s of %s", snapshot.field, ", ".join(missing), snapshot.repo_id)
         request = _Request(snapshot.repo_id, snapshot.commit, snapshot.cache_dir, snapshot.field)
         request.download([glob.escape(name) for name in missing], use_tqdm)
     absent = [name for name in missing if not (snapshot.folder / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{snapshot.field}: {snapshot.repo_id!r} is not whole: {', '.join(absent)} is neither in {snapshot.folder} "
-            f"nor could it be fetched{_because_offline(_library())}"
+            f"{snapshot.field}: {snapshot.repo_id!r} is not whole: {', '.join(absent)} not in {snapshot.folder}"
+            f"{_because_offline(_library()) or ', and the repository does not have it'}"
         )
 
 
@@ -211,7 +214,7 @@ class _Request:
                     revision=self.revision,
                     cache_dir=self.cache_dir,
                     allow_patterns=list(patterns),
-                    tqdm_class=None if use_tqdm else _silent_bar(hub),
+                    tqdm_class=None if use_tqdm and sys.stderr.isatty() else _silent_bar(hub),
                     library_name="mini_vllm",
                 )
             )
@@ -243,7 +246,9 @@ class _Request:
 def _library() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise ConfigError(
             "model: names on the Hugging Face hub need the huggingface_hub package (pip install huggingface_hub); "
@@ -263,7 +268,7 @@ def _shown(error: Exception) -> str:
 
 
 def _silent_bar(hub: Any) -> Callable[..., Any]:
-    class Silent(hub.utils.tqdm):  # type: ignore[name-defined, misc]
+    class Silent(hub.utils.tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 

@@ -18,7 +18,18 @@ from safetensors.torch import save_file
 
 VOCAB_SIZE = 128
 MAX_MODEL_LEN = 128
-FEATURES = ("tied", "bias", "window", "qk-norm", "partial rotary", "fused tensors", "layer norm", "no-rope layers")
+FEATURES = (
+    "tied",
+    "bias",
+    "window",
+    "qk-norm",
+    "partial rotary",
+    "fused tensors",
+    "layer norm",
+    "no-rope layers",
+    "soft caps",
+    "learned positions",
+)
 """What a row may say it has, beside its rope scaling."""
 
 Tensors = dict[str, torch.Tensor]
@@ -143,6 +154,55 @@ def llama4(**config: Any) -> dict[str, Any]:
     return _config("Llama4ForCausalLM", "llama4_text", **{**sizes, **attention, "attn_scale": 0.5, **config})
 
 
+def gemma2(**config: Any) -> dict[str, Any]:
+    """Caps low enough to bend most scores and logits. Tied, and activated, by default of the family."""
+    caps = {"attn_logit_softcapping": 10.0, "final_logit_softcapping": 2.0}
+    return _gemma("Gemma2ForCausalLM", "gemma2", **caps, **config)
+
+
+def gemma3(**config: Any) -> dict[str, Any]:
+    return _gemma("Gemma3ForCausalLM", "gemma3_text", **config)
+
+
+def _gemma(architecture: str, model_type: str, **config: Any) -> dict[str, Any]:
+    ours = {"num_hidden_layers": 3, "head_dim": 24, "query_pre_attn_scalar": 40, "sliding_window": 16}
+    usual = {"hidden_act": None, "tie_word_embeddings": None, "rope_theta": None, "pad_token_id": 0}
+    return _config(architecture, model_type, **{**ours, **usual, **config})
+
+
+def std_of_gemma(name: str, shape: torch.Size) -> float:
+    """Small embeddings, which are scaled by 8 and tied: or every token would predict itself."""
+    return 0.08 if "embed" in name else default_std(name, shape)
+
+
+def opt(**config: Any) -> dict[str, Any]:
+    others = ("intermediate_size", "num_key_value_heads", "hidden_act", "rms_norm_eps", "tie_word_embeddings")
+    removed = dict.fromkeys((*others, "rope_theta"))
+    return _config("OPTForCausalLM", "opt", **{**removed, "ffn_dim": 96, "pad_token_id": 0, **config})
+
+
+def std_of_opt(name: str, shape: torch.Size) -> float:
+    """Embeddings are tied: large ones would make every token predict itself. Large biases would drown them."""
+    if len(shape) == 1:
+        return 0.3
+    return 0.6 if "embed" in name else default_std(name, shape)
+
+
+def gpt2(**config: Any) -> dict[str, Any]:
+    kept = ("vocab_size", "bos_token_id", "eos_token_id", "torch_dtype")
+    removed = dict.fromkeys(key for key in SIZES if key not in kept)
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": MAX_MODEL_LEN}
+    return _config("GPT2LMHeadModel", "gpt2", **{**removed, **sizes, **config})
+
+
+def std_of_gpt2(name: str, shape: torch.Size) -> float:
+    """As OPT's; matrices have their inputs in rows."""
+    if len(shape) == 1:
+        return 0.3
+    embeds = (".wte.", ".wpe.", "lm_head.")
+    return 0.6 if any(embed in name for embed in embeds) else SCALE / math.sqrt(shape[0])
+
+
 def rope_scaling(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": kind, **values}}
 
@@ -217,11 +277,71 @@ FAMILIES: tuple[Family, ...] = (
         ("layer norm", "partial rotary", "qk-norm"),
         invariant=True,
     ),
+    Family("gemma2", gemma2(), ("tied", "window", "soft caps"), invariant=True, std_of=std_of_gemma),
+    Family(
+        "gemma2-all-windows-biased",
+        gemma2(layer_types=["sliding_attention"] * 3, attention_bias=True, tie_word_embeddings=False),
+        ("bias", "window", "soft caps"),
+        std_of=std_of_gemma,
+    ),
+    Family(
+        "gemma3-rope-linear",
+        gemma3(
+            sliding_window_pattern=3, rope_theta=5e4, rope_local_base_freq=2e3, **rope_scaling("linear", factor=8.0)
+        ),
+        ("tied", "window", "qk-norm"),
+        std_of=std_of_gemma,
+        invariant=True,
+    ),
+    Family(
+        "gemma3-new-spelling",
+        gemma3(
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            final_logit_softcapping=2.0,
+        ),
+        ("tied", "window", "qk-norm", "soft caps"),
+        std_of=std_of_gemma,
+    ),
+    Family("opt", opt(), ("tied", "bias", "learned positions", "layer norm"), invariant=True, std_of=std_of_opt),
+    Family(
+        "opt-350m",
+        opt(do_layer_norm_before=False, word_embed_proj_dim=32),
+        ("tied", "bias", "learned positions", "layer norm"),
+        std_of=std_of_opt,
+        invariant=True,
+    ),
+    Family(
+        "opt-galactica",
+        opt(activation_function="gelu", enable_bias=False, _remove_final_layer_norm=True, tie_word_embeddings=False),
+        ("learned positions", "layer norm"),
+        std_of=std_of_opt,
+    ),
+    Family(
+        "gpt2",
+        gpt2(),
+        ("tied", "bias", "learned positions", "layer norm", "fused tensors"),
+        std_of=std_of_gpt2,
+        invariant=True,
+    ),
+    Family(
+        "gpt2-untied-scores-by-layer",
+        gpt2(n_inner=96, activation_function="gelu", scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False),
+        ("bias", "learned positions", "layer norm", "fused tensors"),
+        std_of=std_of_gpt2,
+    ),
 )
 KNOWN_AS: dict[str, str] = {
+    "GPT2LMHeadModel": "GPT-2 small to XL, DistilGPT2",
+    "Gemma2ForCausalLM": "Gemma 2 2B, 9B, 27B",
+    "Gemma3ForCausalLM": "Gemma 3 270M, 1B",
     "Llama4ForCausalLM": "Llama 4 text where dense; the published ones have experts, and are refused by name",
     "LlamaForCausalLM": "Llama 2, 3, 3.1, 3.2, 3.3; TinyLlama, SmolLM, Yi, Vicuna",
     "MistralForCausalLM": "Mistral 7B, Nemo, Small",
+    "OPTForCausalLM": "OPT 125M to 66B, Galactica",
     "Phi3ForCausalLM": "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
     "Qwen2ForCausalLM": "Qwen2, Qwen2.5",
     "Qwen3ForCausalLM": "Qwen3 (dense)",

@@ -110,7 +110,8 @@ def test_missing_and_ill_typed_keys_are_named(changes, named):
 
 @pytest.mark.parametrize("rope_type", ["proportional", "mrope", 7])
 def test_an_unsupported_rope_type_is_refused_with_the_supported_ones(rope_type):
-    with pytest.raises(UnsupportedModelError, match="supported are default, linear, dynamic, llama3, yarn, longrope") as error:
+    supported = "supported are default, linear, dynamic, llama3, yarn, longrope"
+    with pytest.raises(UnsupportedModelError, match=supported) as error:
         config(rope_scaling={"rope_type": rope_type, "factor": 2.0})
     assert repr(rope_type) in str(error.value)
 

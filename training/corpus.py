@@ -75,8 +75,7 @@ def candidate_paths(root: Path) -> Iterator[Path]:
 
 def topics_as_prose(source: str) -> str:
     """Turn `pydoc_data/topics.py`, one big dict of strings, into the prose it holds."""
-    (assignment,) = ast.parse(source).body
-    topics: dict[str, str] = ast.literal_eval(assignment.value)
+    topics: dict[str, str] = ast.literal_eval(source.partition("topics = ")[2])
     return "\n\n".join(text.strip("\n") for text in topics.values()) + "\n"
 
 
@@ -100,10 +99,10 @@ def load_corpus(root: Path | None = None) -> list[Document]:
         text = read_source(path)
         if text is None:
             continue
-        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        if digest not in seen:
-            seen.add(digest)
+        if text not in seen:
+            seen.add(text)
             name = path.relative_to(root).as_posix()
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
             documents.append(Document(name, digest, text, is_held_out(name)))
     return documents
 

@@ -18,6 +18,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,18 +98,18 @@ def logits_difference(ours: Logits, theirs: Logits, ids: np.ndarray) -> float:
     return float((ours(row) - theirs(row)).abs().max())
 
 
-def sample_continuations(folder: Path, model: torch.nn.Module, new_tokens: int) -> dict[str, str]:
+def sample_continuations(folder: Path, model: Any, new_tokens: int) -> dict[str, str]:
     """Return greedy continuations, made with `transformers` alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     samples = {}
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None)
-        samples[prompt] = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+        samples[prompt] = str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]))
     return samples
 
 
-def evaluate(folder: Path, length: int, new_tokens: int) -> dict[str, object]:
+def evaluate(folder: Path, length: int, new_tokens: int) -> dict[str, Any]:
     """Return all results as one JSON-ready object."""
     train, held_out = split_corpus(load_corpus())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

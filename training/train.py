@@ -15,7 +15,7 @@ the trainer stop computing until it is removed. SIGTERM and SIGINT save a
 checkpoint and leave. At each checkpoint the weights are also written to
 `--out`, so there is a loadable model from the first minutes on.
 
-    nice -n 19 python training/train.py
+    training/launch.sh        # this script, in the background, with the lowest priority
 """
 
 from __future__ import annotations
@@ -298,6 +298,7 @@ def export(model: Llama, folder: Path) -> None:
     weights = {name: t.detach().to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
     part = folder / ".model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors makes private files; these are package data
     os.replace(part, folder / "model.safetensors")
     for name, content in (
         ("config.json", model.cfg.to_hf()),
@@ -308,6 +309,13 @@ def export(model: Llama, folder: Path) -> None:
         os.replace(part, folder / name)
 
 
+def publish_log(source: Path, target: Path, keep_every: int = 50) -> None:
+    """Copy the log to the model folder without most of its step lines."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    kept = [x for x in lines if "lr" not in (line := json.loads(x)) or line["step"] % keep_every == 0]
+    target.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     args = parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
@@ -315,11 +323,13 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "stop", True))
     trainer.resume()
-    trainer.log(event="start", flags={k: str(v) for k, v in vars(args).items()})
+    flags = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    trainer.log(event="start", flags=flags)
     trainer.run()
     trainer.save()
     trainer.log_held_out()
     trainer.log(event="stopped" if trainer.stop else "finished", wall_s=round(trainer.wall_s, 1))
+    publish_log(args.run_dir / "log.jsonl", args.out / "training_log.jsonl")
 
 
 if __name__ == "__main__":

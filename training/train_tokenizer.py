@@ -61,7 +61,7 @@ def special_tokens() -> list[AddedToken]:
     """Return the 32 special tokens in id order."""
     names = list(NAMED_SPECIAL)
     names += [f"<|reserved_{i}|>" for i in range(NUM_SPECIAL - len(names))]
-    return [AddedToken(name, special=name not in VISIBLE, normalized=False) for name in names]
+    return [AddedToken(name, special=True, normalized=False) for name in names]
 
 
 def build_tokenizer() -> Tokenizer:
@@ -90,7 +90,15 @@ def train(texts: list[str]) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, 0)]
     )
-    return tokenizer
+    return mark_visible(tokenizer)
+
+
+def mark_visible(tokenizer: Tokenizer) -> Tokenizer:
+    """Undo what the trainer does: it marks all of its special tokens as skippable."""
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] not in VISIBLE
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def check(tokenizer: Tokenizer) -> None:
@@ -101,6 +109,8 @@ def check(tokenizer: Tokenizer) -> None:
     for name, token_id in ids.items():
         if tokenizer.token_to_id(name) != token_id or tokenizer.encode(name).ids != [0, token_id]:
             raise RuntimeError(f"special token {name} has moved")
+    if tokenizer.decode(tokenizer.encode("<think>a</think>").ids) != "<think>a</think>":
+        raise RuntimeError("a visible token was skipped")
     every_char = "".join(chr(c) for c in range(0x11000) if not 0xD800 <= c < 0xE000)
     for text in (every_char, "a \t\r\n\u3000é\U0001f600 \u202e\x00", " x", "x ", "\n\n  \n"):
         if tokenizer.decode(tokenizer.encode(text).ids[1:], skip_special_tokens=False) != text:

@@ -66,7 +66,8 @@ _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     pooler_config prefill_context_parallel_size prefix_caching_hash_algo pt_load_map_location quantization
     ray_workers_use_nsight reasoning_parser runner scheduler_cls served_model_name
     show_hidden_metrics_for_version skip_tokenizer_init speculative_config stream_interval
-    structured_outputs_config swap_space task tokenizer_mode     video_pruning_rate worker_cls worker_extension_cls""".split()
+    structured_outputs_config swap_space task tokenizer_mode video_pruning_rate worker_cls
+    worker_extension_cls""".split()
 )
 
 
@@ -183,7 +184,7 @@ class EngineArgs:
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the model is a GGUF file, by its name, because `load_format` says so, or as all its repository has."""
+        """Whether the model is a GGUF file: by its name, by `load_format`, or as all that its repository has."""
         return self.model_source.is_gguf
 
     @property
@@ -302,7 +303,10 @@ class EngineArgs:
     def _resolve_max_model_len(self, hf_config: "HFConfig") -> int | None:
         limit = hf_config.derived_max_model_len
         if self.max_model_len is None:
-            return hf_config.default_max_model_len
+            default = hf_config.default_max_model_len
+            if default < limit:
+                logger.info("max_model_len %d, the context before scaling; up to %d can be asked for", default, limit)
+            return default
         if self.max_model_len == "auto":
             return None
         assert isinstance(self.max_model_len, int)

@@ -73,9 +73,9 @@ class ModelSource:
     def _is_local(self) -> bool:
         exists = Path(self.name).expanduser().exists()
         if exists and self.revision is not None:
+            argument = "tokenizer_revision" if self.field == "tokenizer" else "revision"
             raise ConfigError(
-                f"{'tokenizer_' * (self.field == 'tokenizer')}revision: {self.revision!r} is for repositories of the hub, but {self.field} {self.name!r} is a "
-                "local path"
+                f"{argument}: {self.revision!r} is for repositories of the hub, but {self.name!r} is a local path"
             )
         if exists and "/" in self.name and parse_hub_name(self.name) is not None:
             logger.info("%s: %s is the local folder of that name, not a repository of the hub", self.field, self.name)

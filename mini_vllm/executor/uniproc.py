@@ -18,7 +18,14 @@ class UniProcExecutor:
 
     def __init__(self, config: EngineConfig) -> None:
         self.runner: ModelRunner | None = ModelRunner(config)
-        self.runner.load_model()
+        try:
+            self._start(self.runner, config)
+        except BaseException:
+            self.runner.release()  # whoever keeps the error keeps the runner; the weights need not stay with it
+            raise
+
+    def _start(self, runner: ModelRunner, config: EngineConfig) -> None:
+        runner.load_model()
         demand = KVCacheDemand(
             max_num_seqs=config.scheduler.max_num_seqs,
             max_model_len=config.model.max_model_len,
@@ -26,12 +33,12 @@ class UniProcExecutor:
         )
         self._kv_cache_config, self.max_model_len = plan_kv_cache(
             config.cache,
-            self.runner.get_kv_cache_groups(),
+            runner.get_kv_cache_groups(),
             demand,
-            available_bytes=self.runner.available_kv_cache_bytes,
-            default_limit_bytes=self.runner.platform.default_kv_cache_limit_bytes,
+            available_bytes=runner.available_kv_cache_bytes,
+            default_limit_bytes=runner.platform.default_kv_cache_limit_bytes,
         )
-        self.runner.initialize_kv_cache(self._kv_cache_config, self.max_model_len)
+        runner.initialize_kv_cache(self._kv_cache_config, self.max_model_len)
 
     def kv_cache_config(self) -> KVCacheConfig:
         """The pool that was allocated."""

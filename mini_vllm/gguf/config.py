@@ -103,7 +103,7 @@ def _rope(metadata: Metadata) -> dict[str, Any]:
     return {
         "rope_theta": metadata.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(metadata),
-        "partial_rotary_factor": None if rotated == head_dim else rotated / head_dim,
+        "partial_rotary_factor": rotated / head_dim,
     }
 
 

@@ -56,6 +56,29 @@ _LLAMA_BLOCKS = {
 _FUSED = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
 _WITHOUT_FUSED = {name: ours for name, ours in _LLAMA_BLOCKS.items() if name not in _FUSED}
 
+_GEMMA2_BLOCKS = {
+    **_LLAMA_BLOCKS,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GPT2_BLOCKS = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_GPT2_TOP = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
+_GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
+
 IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Read with the config, not with the weights."""
 
@@ -90,6 +113,40 @@ def _stablelm_options(metadata: Metadata) -> dict[str, Any]:
     }
 
 
+def _gemma2_options(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window", 4096),
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
+        "query_pre_attn_scalar": _query_scalar(metadata, _GEMMA2_27B_LAYERS),
+    }
+
+
+def _gemma3_options(metadata: Metadata) -> dict[str, Any]:
+    pattern = metadata.get("attention.sliding_window_pattern")
+    if pattern is not None and not isinstance(pattern, int):
+        raise metadata.unsupported("attention.sliding_window_pattern", "given per layer is not supported")
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "sliding_window_pattern": pattern or 6,
+        "rope_local_base_freq": metadata.number("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": metadata.get("final_logit_softcapping"),
+        "query_pre_attn_scalar": _query_scalar(metadata, _GEMMA3_27B_LAYERS),
+    }
+
+
+def _query_scalar(metadata: Metadata, layers_of_27b: int) -> int:
+    """What scores are divided by the root of. The format has no key for it: the 27B models alone, known by their
+    number of layers, take hidden size over heads, the others the size of a head."""
+    if metadata.integer("block_count") == layers_of_27b:
+        return metadata.integer("embedding_length") // metadata.integer("attention.head_count")
+    return metadata.integer("attention.key_length")
+
+
+def _gpt2_options(metadata: Metadata) -> dict[str, Any]:
+    return {"layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon")}
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM", "llama", _LLAMA_BLOCKS,
@@ -98,8 +155,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", "qwen2", _LLAMA_BLOCKS, constants={"hidden_act": "silu"}),
     "qwen3": Family(
         "Qwen3ForCausalLM", "qwen3",
-        {**_LLAMA_BLOCKS, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
-        constants={"hidden_act": "silu"},
+        {**_LLAMA_BLOCKS, **_QK_NORMS}, constants={"hidden_act": "silu"},
     ),
     "phi3": Family(
         "Phi3ForCausalLM", "phi3",
@@ -110,6 +166,19 @@ FAMILIES: dict[str, Family] = {
         "StableLmForCausalLM", "stablelm", _LLAMA_BLOCKS,
         constants={"hidden_act": "silu"}, options=_stablelm_options,
         per_head={"attn_q_norm": "self_attn.q_layernorm.norms", "attn_k_norm": "self_attn.k_layernorm.norms"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", "gemma2", _GEMMA2_BLOCKS,
+        constants={"hidden_act": "gelu_pytorch_tanh"}, options=_gemma2_options, norms_plus_one=True,
+    ),
+    "gemma3": Family(
+        "Gemma3ForCausalLM", "gemma3_text", {**_GEMMA2_BLOCKS, **_QK_NORMS},
+        constants={"hidden_act": "gelu_pytorch_tanh"}, options=_gemma3_options, norms_plus_one=True,
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel", "gpt2", _GPT2_BLOCKS, _GPT2_TOP, "transformer.h",
+        constants={"hidden_act": "gelu_new"}, options=_gpt2_options,
+        transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
     ),
 }  # fmt: skip
 """general.architecture -> its family."""

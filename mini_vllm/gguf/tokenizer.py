@@ -17,6 +17,7 @@ from mini_vllm.gguf.pre_tokenizers import find_splitting
 from mini_vllm.gguf.reader import GGUFFile
 from mini_vllm.gguf.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, token_id, token_kinds, token_texts
 from mini_vllm.logger import init_logger
+from mini_vllm.text.sentencepiece_tokenizer import merges_from_scores
 from mini_vllm.text.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
@@ -95,12 +96,14 @@ def _sentencepiece_bpe(metadata: Metadata, tokens: list[str]) -> RustTokenizer:
     pieces = {text: scores[i] for i, text in enumerate(tokens) if kinds[i] in (NORMAL, USER_DEFINED)}
     has_bytes = BYTE in kinds
     unknown = token_id(metadata, "unknown")
-    backend = RustTokenizer(
-        models.BPE(
-            _ids(metadata, tokens), merges_from_scores(pieces), fuse_unk=True, byte_fallback=has_bytes,
-            unk_token=None if unknown is None else tokens[unknown],
-        )
-    )  # fmt: skip
+    model = models.BPE(
+        _ids(metadata, tokens),
+        merges_from_scores(pieces, metadata.file.path),
+        fuse_unk=True,
+        byte_fallback=has_bytes,
+        unk_token=None if unknown is None else tokens[unknown],
+    )
+    backend = RustTokenizer(model)
     prefix = metadata.boolean("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
@@ -110,22 +113,6 @@ def _sentencepiece_bpe(metadata: Metadata, tokens: list[str]) -> RustTokenizer:
 
 
 _BUILDERS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
-
-
-def merges_from_scores(pieces: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the highest-scoring union first.
-
-    Of the ways to make one piece, those with the longer left part go first, which is what taking the leftmost pair
-    comes to in a run of equal characters.
-    """
-    ranked = []
-    for piece, score in pieces.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in pieces and right in pieces:
-                ranked.append((-score, -cut, cut - len(piece), left, right))
-    ranked.sort(key=lambda item: item[:3])
-    return [(left, right) for *_, left, right in ranked]
 
 
 def _special_tokens(metadata: Metadata, tokens: list[str]) -> dict[str, str]:

@@ -116,11 +116,12 @@ def _require_readable_types(file: GGUFFile) -> None:
 
 
 def describe_types(file: GGUFFile) -> str:
-    """The mix of storage types by size, such as '2.1 GiB: Q4_K 85 %, Q6_K 14 %, F32 1 %'."""
+    """The mix of storage types by size: '2.1 GiB in 201 tensors, 4.85 bits a number: Q4_K 85 %, Q6_K 15 %'."""
     sizes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         sizes[tensor.kind.name] += tensor.raw.size
     total = sizes.total()
     numbers = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     mix = ", ".join(f"{name} {100 * size / total:.3g} %" for name, size in sizes.most_common())
-    return f"{total / 2**30:.2f} GiB in {len(file.tensors)} tensors, {8 * total / numbers:.2f} bits a number: {mix}"
+    size = f"{total / 2**30:.2f} GiB" if total >= 2**30 else f"{total / 2**20:.1f} MiB"
+    return f"{size} in {len(file.tensors)} tensors, {8 * total / numbers:.2f} bits a number: {mix}"

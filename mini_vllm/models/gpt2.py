@@ -126,6 +126,7 @@ class GPT2Model(nn.Module):
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
+        hidden: torch.Tensor
         residual: torch.Tensor | None = None
         if intermediate_tensors is not None:
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]

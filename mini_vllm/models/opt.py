@@ -104,12 +104,16 @@ class OPTDecoder(nn.Module):
             config.max_position_embeddings, hidden, offset=POSITION_OFFSET,
             max_model_len=config.rope.max_model_len, dtype=dtype,
         )  # fmt: skip
-        self.project_in, self.project_out = (
-            None if width == hidden else ColumnParallelLinear(
-                rows, columns, gather_output=True, dtype=dtype, quant_config=quant_config, prefix=f"{prefix}.{name}"
-            )
-            for name, rows, columns in (("project_in", width, hidden), ("project_out", hidden, width))
-        )  # fmt: skip
+        self.project_in, self.project_out = None, None
+        if width != hidden:
+            self.project_in = ColumnParallelLinear(
+                width, hidden, gather_output=True,
+                dtype=dtype, quant_config=quant_config, prefix=f"{prefix}.project_in",
+            )  # fmt: skip
+            self.project_out = ColumnParallelLinear(
+                hidden, width, gather_output=True,
+                dtype=dtype, quant_config=quant_config, prefix=f"{prefix}.project_out",
+            )  # fmt: skip
         self.layers = make_layers(
             config.num_hidden_layers,
             lambda prefix: OPTDecoderLayer(config, dtype=dtype, quant_config=quant_config, prefix=prefix),

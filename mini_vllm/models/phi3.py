@@ -12,4 +12,4 @@ class Phi3ForCausalLM(LlamaForCausalLM):
 
     packed_modules_mapping: ClassVar[PackedModulesMapping] = {}
     layer_class: ClassVar[type[LlamaDecoderLayer]] = MistralDecoderLayer
-    unsupported_options: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias")
+    unsupported_options: ClassVar[tuple[str, ...]] = ("attention_bias", "mlp_bias", "lm_head_bias")

@@ -60,7 +60,7 @@ class LazyTensor:
         count = self.num_bytes // dtype.itemsize
         if not count:
             return torch.empty(tuple(self.shape), dtype=dtype, device="cpu")
-        return torch.frombuffer(self.file.mapping, dtype=dtype, count=count, offset=self.start).view(*self.shape)
+        return torch.frombuffer(self.file.mapping, dtype=dtype, count=count, offset=self.start).view(tuple(self.shape))
 
 
 class MappedFile:
@@ -173,8 +173,7 @@ class WeightFiles:
         with _progress(self.total_bytes, use_tqdm) as progress:
             for tensor, pieces in self._read_ahead(self._pool):
                 start = time.perf_counter()
-                for piece in pieces:
-                    piece.result()
+                _wait(tensor, pieces)
                 self.wait_seconds += time.perf_counter() - start
                 yield tensor.name, tensor
                 tensor.file.forget(tensor.start, tensor.stop)
@@ -199,6 +198,14 @@ class WeightFiles:
 
 Pieces = list[Future[None]]
 """Readings under way, which together cover one tensor."""
+
+
+def _wait(tensor: LazyTensor, pieces: Pieces) -> None:
+    try:
+        for piece in pieces:
+            piece.result()
+    except OSError as error:
+        raise CheckpointError(f"{tensor.file.path.name}: tensor {tensor.name} cannot be read: {error}") from error
 
 
 def _begin(pool: ThreadPoolExecutor, tensor: LazyTensor) -> tuple[LazyTensor, Pieces]:

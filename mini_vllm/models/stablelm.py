@@ -8,21 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from mini_vllm.exceptions import CheckpointError
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.layers.norm import LayerNorm, PerHeadLayerNorm, RMSNorm
 from mini_vllm.models.llama import CosSin, LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from mini_vllm.models.utils import PackedModulesMapping
 from mini_vllm.quantization.base import QuantizationConfig
-
-DEFAULT_LAYER_NORM_EPS = 1e-5
-
-
-def layer_norm_eps(config: HFConfig) -> float:
-    value = config.raw.get("layer_norm_eps", DEFAULT_LAYER_NORM_EPS)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise CheckpointError(f"config.json: layer_norm_eps must be a positive number, got {value!r}")
-    return float(value)
 
 
 class StableLmAttention(LlamaAttention):
@@ -30,10 +20,10 @@ class StableLmAttention(LlamaAttention):
 
     def __init__(self, config: HFConfig, *, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(config, dtype=dtype, **kwargs)
-        self.qk_layernorm = bool(config.raw.get("qk_layernorm"))
+        self.qk_layernorm = config.boolean("qk_layernorm")
         if not self.qk_layernorm:
             return
-        qkv, rank, eps = self.qkv_proj, self.qkv_proj.tp_group.rank, layer_norm_eps(config)
+        qkv, rank, eps = self.qkv_proj, self.qkv_proj.tp_group.rank, config.number("layer_norm_eps")
         first_key = rank // qkv.num_kv_head_replicas * qkv.num_kv_heads
         self.q_layernorm = PerHeadLayerNorm(
             config.num_attention_heads, qkv.num_heads, rank * qkv.num_heads, config.head_dim, eps, dtype=dtype
@@ -56,19 +46,19 @@ class StableLmDecoderLayer(LlamaDecoderLayer):
         self, config: HFConfig, *, dtype: torch.dtype, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__(config, dtype=dtype, quant_config=quant_config, prefix=prefix)
-        self.parallel = bool(config.raw.get("use_parallel_residual"))
+        self.parallel = config.boolean("use_parallel_residual")
         if self.parallel:
             del self.post_attention_layernorm
 
     @staticmethod
     def make_norm(config: HFConfig, dtype: torch.dtype) -> RMSNorm | LayerNorm:
-        return LayerNorm(config.hidden_size, layer_norm_eps(config), dtype=dtype)
+        return LayerNorm(config.hidden_size, config.number("layer_norm_eps"), dtype=dtype)
 
     def make_attention(
         self, config: HFConfig, dtype: torch.dtype, quant_config: QuantizationConfig | None, prefix: str
     ) -> LlamaAttention:
         return StableLmAttention(
-            config, qkv_bias=bool(config.raw.get("use_qkv_bias")), o_bias=False,
+            config, qkv_bias=config.boolean("use_qkv_bias"), o_bias=False,
             dtype=dtype, quant_config=quant_config, prefix=prefix,
         )  # fmt: skip
 

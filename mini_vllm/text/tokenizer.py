@@ -1,33 +1,18 @@
-"""Text to token ids and back, by a checkpoint's own `tokenizer.json`.
+"""Text to token ids and back, by a checkpoint's own tokenizer.
 
-`Tokenizer.from_folder` is handed a folder (or a tokenizer.json) and reads tokenizer.json, tokenizer_config.json,
-special_tokens_map.json and the chat templates; the `tokenizers` library does the work. Promises: the ids are those
-that transformers' fast tokenizers give, a beginning-of-sequence token is added exactly once, nothing is ever
-truncated or padded, and no code from a checkpoint runs.
+`Tokenizer.from_folder` is handed a folder (or one of its tokenizer files), which `load.py` reads, whatever the kind;
+the `tokenizers` library does the work. Promises: the ids are those the model was trained with, a beginning-of-sequence
+token is added exactly once, nothing is ever truncated or padded, and no code from a checkpoint runs.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
-from mini_vllm.exceptions import CheckpointError, InvalidParameterError
-from mini_vllm.logger import init_logger
-
-logger = init_logger(__name__)
-
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-CHAT_TEMPLATE_DIR = "additional_chat_templates"
-
-_NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FOREIGN_FORMATS = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "tiktoken.model", "vocab.txt")
+from mini_vllm.exceptions import InvalidParameterError
 
 
 class Tokenizer:
@@ -35,6 +20,7 @@ class Tokenizer:
 
     special_tokens: the named ones ('bos_token', 'eos_token', ...) as text; chat templates see them.
     chat_templates: by name; 'default' is the one used unless another is asked for.
+    normalize: applied to a text before `backend` sees it, where its own normalisers cannot do it (SentencePiece).
     """
 
     def __init__(
@@ -44,9 +30,11 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
         add_bos_token: bool = False,
+        normalize: Callable[[str], str] | None = None,
         name_or_path: str = "",
     ) -> None:
         self.backend = backend
+        self._normalize = normalize
         self.name_or_path = name_or_path
         self.special_tokens = dict(special_tokens or {})
         self.chat_templates = dict(chat_templates or {})
@@ -59,29 +47,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """Read a checkpoint folder. Raises `CheckpointError` naming the file at fault."""
-        folder = Path(path)
-        if folder.is_file():
-            folder = folder.parent
-        file = folder / TOKENIZER_FILE
-        if not file.is_file():
-            raise CheckpointError(_missing_message(folder))
-        try:
-            backend = RustTokenizer.from_file(str(file))
-        except Exception as error:  # the Rust side raises a bare Exception
-            raise CheckpointError(f"{file}: not a readable tokenizer.json: {error}") from error
-        config = _read_json(folder / CONFIG_FILE)
-        if "added_tokens_decoder" not in config:  # the older layout keeps the names in a file of their own
-            config = config | _read_json(folder / SPECIAL_TOKENS_FILE)
-        special = {name: text for name in _NAMED_SPECIAL_TOKENS if (text := _token_text(config.get(name)))}
-        _add_missing_tokens(backend, config, special, folder)
-        return cls(
-            backend,
-            special_tokens=special,
-            chat_templates=_read_chat_templates(folder, config),
-            add_bos_token=bool(config.get("add_bos_token", False)),
-            name_or_path=str(folder),
-        )
+        """Read a checkpoint folder, or one of its tokenizer files. Raises `CheckpointError` naming the file."""
+        from mini_vllm.text.load import load_tokenizer  # which builds objects of this class
+
+        return load_tokenizer(path)
 
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -94,13 +63,22 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. With `add_special_tokens`, whatever the tokenizer frames a text with (BOS)."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = self.backend.encode(self._prepared(text), add_special_tokens=add_special_tokens).ids
         return self._framed(ids, add_special_tokens)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts at once, on several threads, without the offsets nobody reads."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        prepared = [self._prepared(text) for text in texts]
+        encodings = self.backend.encode_batch_fast(prepared, add_special_tokens=add_special_tokens)
         return [self._framed(encoding.ids, add_special_tokens) for encoding in encodings]
+
+    def _prepared(self, text: str) -> str:
+        """Raises `InvalidParameterError` for half a surrogate pair, which is no character and has no bytes."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError("prompt", f"is not valid Unicode: {error}") from error
+        return text if self._normalize is None else self._normalize(text)
 
     def _framed(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
@@ -211,87 +189,3 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name_or_path!r}, vocab_size={self.vocab_size})"
-
-
-def _missing_message(folder: Path) -> str:
-    looked = ", ".join((TOKENIZER_FILE, CONFIG_FILE))
-    if not folder.is_dir():
-        return f"tokenizer: no such folder: {folder} (looked there for {looked})"
-    foreign = [name for name in _FOREIGN_FORMATS if (folder / name).is_file()]
-    hint = (
-        f"; it has {', '.join(foreign)}, a format this engine does not read: convert it once with "
-        "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        if foreign
-        else ""
-    )
-    return f"tokenizer: {folder} has no {TOKENIZER_FILE} (looked for {looked}){hint}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
-    return value
-
-
-def _token_text(value: Any) -> str | None:
-    """A token in a config is its text, or an object whose 'content' is its text."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
-def _add_missing_tokens(
-    backend: RustTokenizer, config: Mapping[str, Any], special: Mapping[str, str], folder: Path
-) -> None:
-    """Tokens that only tokenizer_config.json knows, at the ids it gives; and named tokens become special."""
-    declared = config.get("added_tokens_decoder") or {}
-    known = backend.get_added_tokens_decoder()
-    for key, entry in sorted(declared.items(), key=lambda item: int(item[0])):
-        token_id, token = int(key), _added_token(entry)
-        if token_id in known:
-            continue
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != token_id:
-            raise CheckpointError(
-                f"{folder / CONFIG_FILE}: added_tokens_decoder puts {token.content!r} at id {token_id}, "
-                f"but {TOKENIZER_FILE} would give it id {backend.token_to_id(token.content)}"
-            )
-    unmarked = [text for text in special.values() if backend.token_to_id(text) is not None]
-    marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in unmarked if text not in marked]
-    )
-
-
-def _added_token(entry: Any) -> AddedToken:
-    if isinstance(entry, str):
-        return AddedToken(entry, special=True, normalized=False)
-    flags = {
-        name: bool(entry[name])
-        for name in ("lstrip", "rstrip", "single_word", "normalized", "special")
-        if name in entry
-    }
-    return AddedToken(str(entry.get("content", "")), **flags)
-
-
-def _read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Template files win over tokenizer_config.json, whose entry is one template or a list of named ones."""
-    files = {path.stem: path for path in sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))}
-    if (folder / CHAT_TEMPLATE_FILE).is_file():
-        files["default"] = folder / CHAT_TEMPLATE_FILE
-    if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    entry = config.get("chat_template")
-    if isinstance(entry, str):
-        return {"default": entry}
-    if isinstance(entry, Mapping):
-        return {str(name): str(template) for name, template in entry.items()}
-    if isinstance(entry, list):
-        return {str(item["name"]): str(item["template"]) for item in entry if isinstance(item, Mapping)}
-    return {}

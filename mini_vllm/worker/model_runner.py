@@ -24,6 +24,7 @@ from mini_vllm.core.scheduler_output import BlockCopy, ModelRunnerOutput, Schedu
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.layers.attention import Attention, get_attention_layers
 from mini_vllm.logger import init_logger
+from mini_vllm.models.finishing import release_weights
 from mini_vllm.models.loader import load_model
 from mini_vllm.models.utils import weight_bytes
 from mini_vllm.platforms import select_platform
@@ -120,6 +121,12 @@ class ModelRunner:
         block_sizes = [group.spec.block_size for group in kv_cache_config.groups]
         self.batch = InputBatch(scheduler.max_num_seqs, max_model_len, block_sizes, self.platform)
         self._preparer = InputPreparer(self.batch, scheduler.max_num_batched_tokens, self.platform)
+
+    def release(self) -> None:
+        """Give back weights and KV cache, however long somebody keeps this object; it cannot be used afterwards."""
+        if hasattr(self, "model"):
+            release_weights(self.model)
+        self.kv_caches.clear()
 
     # -- a step ----------------------------------------------------------------------------------------------
 

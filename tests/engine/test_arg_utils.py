@@ -57,7 +57,7 @@ def test_an_argument_like_no_other_is_refused_with_all_valid_ones() -> None:
         EngineArgs.from_kwargs(zzzzqqqq=1)
 
 
-@pytest.mark.parametrize("name", ["enforce_eager", "quantization", "enable_lora", "speculative_config", "revision"])
+@pytest.mark.parametrize("name", ["enforce_eager", "quantization", "enable_lora", "speculative_config", "hf_overrides"])
 def test_a_vllm_argument_that_is_not_here_yet_says_so(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: vLLM has this argument, but it is not supported here yet"):
         EngineArgs.from_kwargs(**{name: None})
@@ -120,8 +120,8 @@ def test_no_model_is_the_bundled_one() -> None:
 
 
 def test_a_model_that_is_no_folder_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'org/name' is no local folder.*config\.json.*hub are not resolved yet"):
-        EngineArgs(model="org/name").create_engine_config()
+    with pytest.raises(CheckpointError, match=r"'/org/name' is no local folder.*config\.json.*Hugging Face hub"):
+        EngineArgs(model="/org/name").create_engine_config()
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="is a file; a folder is needed"):
         EngineArgs(model=str(tmp_path / "file")).create_engine_config()

@@ -71,7 +71,7 @@ def test_help_loads_neither_torch_nor_the_tokenizer() -> None:
 def test_an_error_is_one_line_and_status_2() -> None:
     done = command("generate", "--model", "no/where", "--prompt", "x")
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"mini-vllm: error: model: 'no/where' is no local folder\..*\n", done.stderr)
+    assert re.fullmatch(r"mini-vllm: error: model: 'no/where' is neither a local folder .*\n", done.stderr)
 
 
 # -- flags ----------------------------------------------------------------------------------------------------------
@@ -84,7 +84,8 @@ def test_flags_become_engine_args() -> None:
         "--num-gpu-blocks-override 9 --max-num-batched-tokens 64 --max-num-seqs 4 "
         "--long-prefill-token-threshold 16 --scheduling-policy priority "
         "--device cpu --num-threads 2 --attention-backend X --load-format dummy --generation-config vllm "
-        "--disable-log-stats --tensor-parallel-size 1"
+        "--disable-log-stats --tensor-parallel-size 1 --revision R --tokenizer-revision S --download-dir D "
+        "--no-use-tqdm-on-load"
     ).split()
     args = engine_args_from(build_parser().parse_args(argv))
     expected = {
@@ -93,7 +94,8 @@ def test_flags_become_engine_args() -> None:
         "num_gpu_blocks_override": 9, "max_num_batched_tokens": 64, "max_num_seqs": 4,
         "long_prefill_token_threshold": 16, "scheduling_policy": "priority", "device": "cpu", "num_threads": 2,
         "attention_backend": "X", "load_format": "dummy", "generation_config": "vllm", "disable_log_stats": True,
-        "tensor_parallel_size": 1, "trust_remote_code": False,
+        "tensor_parallel_size": 1, "trust_remote_code": False, "revision": "R", "tokenizer_revision": "S",
+        "download_dir": "D", "use_tqdm_on_load": False,
     }  # fmt: skip
     assert vars(args) == expected
 

@@ -282,3 +282,26 @@ def test_without_the_gguf_package_the_extra_is_named(
     with pytest.raises(ConfigError, match=r"q\.gguf: tensor .*pip install 'mini-vllm\[gguf\]'"):
         load(quantised)
     load(plain)  # float types need no package
+
+
+# --- the files themselves ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0], ids=lambda kind: kind.name)
+def test_transformers_reads_the_same_model_from_these_files(
+    family: str, kind: Type, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The writer of these tests follows the convention that others read by."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    folder = request.getfixturevalue(family)
+    file = write_gguf(folder, tmp_path / "x.gguf", matrices_as(kind))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    theirs = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    ours = {tensor.name: tensor.read(0, tensor.shape[0]) for tensor in checkpoint_tensors(open_gguf(file))}
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, np.asarray(theirs[name]), err_msg=name)

@@ -167,6 +167,8 @@ def add_epsilon(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     for key in ("layer_norm_eps", "layer_norm_epsilon"):
         if key in config:
             return writer.add_layer_norm_eps(config[key])
+    if config["model_type"] == "gpt2":
+        return writer.add_layer_norm_eps(1e-5)
     return writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 

@@ -65,20 +65,28 @@ class Oracle:
                 sequence.append(int(logits[-1].argmax()))
         return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
 
-    def model(self, max_model_len: int | None = None, **config_changes: object) -> torch.nn.Module:
+    def model(
+        self, max_model_len: int | None = None, *, dtype: str = "float32", **config_changes: object
+    ) -> torch.nn.Module:
         """Ours, from the same checkpoint, perhaps with another config."""
         config = dataclasses.replace(self.config, **config_changes)
         limit = self.family.max_model_len if max_model_len is None else max_model_len
-        model_config = ModelConfig(str(self.folder), config, "float32", limit)
+        model_config = ModelConfig(str(self.folder), config, dtype, limit)
         return load_model(model_config, LoadConfig(use_tqdm=False), torch.device("cpu"))
 
     def error(self, model: torch.nn.Module, spans: Sequence[range] = ONE_SHOT) -> float:
         """Largest distance of any logit, each span of positions of all prompts being one flat batch."""
+        return float(self._distances(model, spans).max())
+
+    def mean_error(self, model: torch.nn.Module, spans: Sequence[range] = ONE_SHOT) -> float:
+        """Mean distance of all logits."""
+        return float(self._distances(model, spans).mean())
+
+    def _distances(self, model: torch.nn.Module, spans: Sequence[range]) -> torch.Tensor:
         driver = PagedDriver(model)
         outputs: list[list[torch.Tensor]] = [[] for _ in self.prompts]
         for span in spans:
             batch = [(i, p[span.start : span.stop]) for i, p in enumerate(self.prompts) if p[span.start : span.stop]]
             for (i, _), logits in zip(batch, driver.step(batch) if batch else [], strict=True):
                 outputs[i].append(logits)
-        pairs = zip(map(torch.cat, outputs), self.logits, strict=True)
-        return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+        return (torch.cat([torch.cat(parts) for parts in outputs]) - torch.cat(self.logits)).abs()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mini_vllm.layers.attention import get_attention_layers
+from mini_vllm.layers.embedding import LearnedPositionEmbedding
 from mini_vllm.layers.linear import LinearBase
 from mini_vllm.layers.norm import LayerNorm
 from mini_vllm.layers.rotary import RotaryEmbedding
@@ -46,22 +47,33 @@ def test_greedy_tokens_of_the_engine_equal_transformers(oracle_of, name):
     assert run(rig.engine(budget=19, block_size=8), jobs).tokens == expected
 
 
+@every_family
+def test_a_bfloat16_model_is_near_the_float32_one(oracle_of, name):
+    oracle = oracle_of(name)
+    spread = float(torch.cat(oracle.logits).std())
+    assert oracle.mean_error(oracle.model(dtype="bfloat16"), CHUNKS) < 0.1 * spread
+
+
 # --- the list itself ------------------------------------------------------------------------------------------
 
 
 def features_of(model: torch.nn.Module) -> set[str]:
     """What a row would have to say of this model, read off its modules."""
-    rotary = next(module for module in model.modules() if isinstance(module, RotaryEmbedding))
+    rotary = [module for module in model.modules() if isinstance(module, RotaryEmbedding)]
     attention = list(get_attention_layers(model).values())
-    norms = [name for name, _ in model.named_parameters() if "self_attn" in name and "norm" in name]
+    norms = [name for name, _ in model.named_parameters() if ".self_attn." in name and "norm" in name]
+    weightless = [module for module in model.modules() if getattr(module, "qk_norm", False)]
     found = {
         "tied": model.config.tie_word_embeddings,
         "bias": any(module.bias is not None for module in model.modules() if isinstance(module, LinearBase)),
         "window": any(layer.sliding_window is not None for layer in attention),
-        "qk-norm": bool(norms),
-        "partial rotary": rotary.rotary_dim < attention[0].head_size,
+        "qk-norm": bool(norms or weightless),
+        "partial rotary": any(module.rotary_dim < attention[0].head_size for module in rotary),
         "fused tensors": not model.packed_modules_mapping,
         "layer norm": any(isinstance(module, LayerNorm) for module in model.modules()),
+        "no-rope layers": any(not getattr(module, "rotates", True) for module in model.modules()),
+        "soft caps": any(layer.impl.logit_softcap for layer in attention) or bool(model.logits_processor.soft_cap),
+        "learned positions": any(isinstance(module, LearnedPositionEmbedding) for module in model.modules()),
     }
     assert set(found) == set(FEATURES)
     return {feature for feature, present in found.items() if present}

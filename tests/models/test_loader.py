@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -291,12 +293,25 @@ def test_the_same_tensor_in_two_shards_is_refused(sharded):
         load(sharded)
 
 
-def test_several_shards_show_progress_when_asked(sharded, folder, capsys):
-    load(folder, use_tqdm=True)
+def test_progress_is_shown_on_a_terminal_when_asked_and_never_elsewhere(sharded, capsys, monkeypatch):
+    load(sharded, use_tqdm=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load(sharded)
     assert capsys.readouterr().err == ""
     load(sharded, use_tqdm=True)
-    assert "Loading safetensors checkpoint shards" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Loading safetensors: 100%" in shown and "B/s" in shown
+
+
+def test_the_log_says_how_much_was_read_and_what_packing_took(sharded, caplog):
+    with caplog.at_level("INFO", "mini_vllm"):
+        load(sharded)
+    size = sum(tensor.numel() * 4 for shard in sharded.glob("*.safetensors") for tensor in load_file(shard).values())
+    line = (
+        rf"Read {size / 2**20:.1f} MiB of weights from 3 safetensors files \(0.00 s waiting for the disk\): .* prepack"
+    )
+    assert any(re.match(line, message) for message in caplog.messages), caplog.messages
 
 
 # --- dummy weights, registry, layers ---------------------------------------------------------------------

@@ -273,14 +273,14 @@ def test_qwen2_windows_follow_max_window_layers_or_layer_types(tmp_path):
 @pytest.mark.parametrize(
     ("family", "options", "error", "named"),
     [
-        ("llama", {"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act 'gelu'"),
+        ("llama", {"hidden_act": "relu"}, UnsupportedModelError, "hidden_act 'relu'"),
         ("llama", {"sliding_window": 16}, UnsupportedModelError, "sliding_window=16 is not supported.*'llama'"),
         ("qwen2", {"mlp_bias": True}, UnsupportedModelError, "mlp_bias=True is not supported.*'qwen2'"),
         ("qwen2", WINDOWED | {"layer_types": ["odd"] * 2}, CheckpointError, "layer_types"),
         ("qwen2", WINDOWED | {"layer_types": 3}, CheckpointError, "layer_types"),
         ("qwen2", WINDOWED | {"max_window_layers": "x"}, CheckpointError, "max_window_layers must be an integer"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "'gptq'"),
-        ("llama", {"architectures": ["GPT2LMHeadModel"]}, UnsupportedModelError, r"GPT2LMHeadModel.*Llama"),
+        ("llama", {"architectures": ["OddForCausalLM"]}, UnsupportedModelError, r"OddForCausalLM.*Llama"),
     ],
 )  # fmt: skip
 def test_options_that_would_change_results_are_refused_by_name(tmp_path, family, options, error, named):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from mini_vllm.distributed.parallel_state import use_tp_group
 from mini_vllm.exceptions import CheckpointError, UnsupportedModelError
 from mini_vllm.hf_config import HFConfig
+from mini_vllm.layers.linear import RowRange
 from mini_vllm.models.loader import LazyTensor
 from tests.families import BY_NAME, longrope, phi3
 from tests.layers.test_linear import FakeGroup
@@ -85,6 +86,14 @@ def test_two_ranks_read_their_heads_out_of_the_fused_tensor_and_nothing_else(ora
     assert sum(part.numel() for part in read) == sum(p.numel() for half in halves for p in half.parameters())
 
 
+def test_a_range_of_rows_is_a_tensor_of_its_own():
+    matrix = torch.arange(40.0).view(8, 5)
+    rows = RowRange(matrix, 3, 4)
+    assert rows.shape == (4, 5)
+    assert rows.narrow(0, 1, 2).equal(matrix[4:6])
+    assert rows.narrow(1, 2, 3).equal(matrix[3:7, 2:5])
+
+
 # --- longrope and partial rotation ----------------------------------------------------------------------------
 
 
@@ -137,7 +146,7 @@ def test_factor_lists_of_another_length_are_refused():
         build(config_of(phi3(**longrope(6))), max_model_len=128)
 
 
-@pytest.mark.parametrize("option", ["attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("option", ["attention_bias", "mlp_bias", "lm_head_bias"])
 def test_options_the_family_does_not_have_are_refused_by_name(option):
     with pytest.raises(UnsupportedModelError, match=f"{option}=True is not supported.*'phi3'"):
         build(config_of(phi3(**{option: True})))

@@ -129,6 +129,7 @@ def test_the_rotated_share_may_stand_in_rope_parameters():
     [
         ({"sliding_window": 16}, UnsupportedModelError, "sliding_window=16 is not supported.*'stablelm'"),
         ({"layer_norm_eps": "x"}, CheckpointError, "layer_norm_eps must be a positive number, got 'x'"),
+        ({"qk_layernorm": "yes"}, CheckpointError, "qk_layernorm must be true or false, got 'yes'"),
     ],
 )
 def test_options_that_would_change_results_are_refused_by_name(option, error, named):
