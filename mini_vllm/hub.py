@@ -31,6 +31,7 @@ METADATA_FILES = (
 
 _NAME = re.compile(r"(?P<repo>(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*)(?::(?P<quant>[A-Za-z0-9_.]+))?", re.ASCII)
 _SPLIT = re.compile(r"-(?P<number>\d{5})-of-\d{5}\.gguf$")
+_PICKLES = re.compile(r"pytorch_model[^/]*\.bin(\.index\.json)?")
 _PROJECTOR = "mmproj"
 """Part of the names of GGUF files that hold an image encoder beside a model."""
 
@@ -111,6 +112,20 @@ def fetch_gguf(snapshot: HubSnapshot, quant: str | None, use_tqdm: bool = True) 
     files = models[matching[0]]
     _fetch(snapshot, files, use_tqdm)
     return snapshot.folder / files[0]
+
+
+def fetch_pickles(snapshot: HubSnapshot, use_tqdm: bool = True) -> None:
+    """Bring `pytorch_model*.bin`, which only `mini-vllm convert` reads. Raises `CheckpointError` where none are needed
+    or none are there."""
+    names = _list_files(snapshot)
+    if WEIGHTS_FILE in names or INDEX_FILE in names:
+        raise CheckpointError(
+            f"{snapshot.field}: {snapshot.repo_id!r} has safetensors weights; there is nothing to convert"
+        )
+    pickles = [name for name in names if _PICKLES.fullmatch(name)]
+    if not pickles:
+        raise CheckpointError(f"{snapshot.field}: {snapshot.repo_id!r} has no pytorch_model.bin to convert")
+    _fetch(snapshot, pickles, use_tqdm)
 
 
 def has_gguf(snapshot: HubSnapshot) -> bool:

@@ -12,9 +12,12 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mini_vllm import LLM, SamplingParams
 from mini_vllm.engine.arg_utils import EngineArgs
+from mini_vllm.entrypoints.cli.main import main
 from mini_vllm.exceptions import CheckpointError, ConfigError, UnsupportedModelError
 from mini_vllm.hub import HubName, fetch_gguf, fetch_snapshot, fetch_weights, parse_hub_name
 from mini_vllm.weight_files import INDEX_FILE
@@ -283,6 +286,25 @@ def test_a_repository_with_pickles_only_says_how_to_convert(hub: FakeHub, checkp
     with pytest.raises(CheckpointError, match=f"'{NAME}' has only pickled weights.*mini-vllm convert {NAME}"):
         LLM(NAME)
     assert "pytorch_model.bin" not in hub.downloads()
+
+
+def test_what_the_error_says_works_convert_takes_names_too(
+    hub: FakeHub, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {name: tensor for shard in SHARDS for name, tensor in load_file(checkpoint / shard).items()}
+    source = make_checkpoint(tmp_path / "pickled")
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    hub.add(NAME, source)
+    assert main(["convert", NAME, str(tmp_path / "new")]) == 0
+    assert outputs(model=str(tmp_path / "new")) == outputs(model=str(checkpoint))
+    hub.add("someone/safe", checkpoint)
+    assert main(["convert", "someone/safe", str(tmp_path / "x")]) == 2
+    assert main(["convert", NAME, str(tmp_path / "x"), "--revision", "v9"]) == 2
+    assert main(["convert", str(source), str(tmp_path / "x"), "--revision", "v9"]) == 2
+    errors = capsys.readouterr().err
+    assert "has safetensors weights; there is nothing to convert" in errors
+    assert "source: 'someone/small-llama' has no revision 'v9'" in errors and "is a local path" in errors
 
 
 def test_an_index_that_names_a_file_the_repository_lacks_is_refused(

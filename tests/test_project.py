@@ -16,7 +16,7 @@ import mini_vllm
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mini_vllm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "msgspec", "numpy")
+HEAVY = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "jinja2", "msgspec", "numpy")
 ABSENT = ("torch", "tokenizers", "safetensors", "jinja2", "msgspec", "transformers", "tqdm", "rich")
 FOLDERS = ("mini_vllm", "tests", "benchmarks", "examples", "training", "scripts")
 MAX_FUNCTION_LINES = 60

@@ -60,18 +60,24 @@ class LLMEngine:
         tokenizer = args.load_tokenizer()
         generation_config = args.load_generation_config()
         config = args.create_engine_config(tokenizer)
+        eos_token_ids = args.load_eos_token_ids(config.model.hf_config)
 
         from mini_vllm.executor.uniproc import UniProcExecutor  # torch loads here, once the folder proved readable
 
-        core = build_core(config, UniProcExecutor(config))
-        input_processor = InputProcessor(
-            tokenizer,
-            max_model_len=core.executor.max_model_len,
-            vocab_size=config.model.hf_config.vocab_size,
-            generation_config=generation_config,
-            eos_token_ids=args.load_eos_token_ids(config.model.hf_config),
-            clock=core.clock,
-        )
+        executor = UniProcExecutor(config)
+        try:
+            core = build_core(config, executor)
+            input_processor = InputProcessor(
+                tokenizer,
+                max_model_len=executor.max_model_len,
+                vocab_size=config.model.hf_config.vocab_size,
+                generation_config=generation_config,
+                eos_token_ids=eos_token_ids,
+                clock=core.clock,
+            )
+        except BaseException:
+            executor.shutdown()  # the error may be kept, the weights need not stay with it
+            raise
         return cls(
             InprocClient(core),
             input_processor,

@@ -73,4 +73,4 @@ def _progress(tensors: list[CheckpointTensor], use_tqdm: bool) -> Iterator[Check
         return iter(tensors)
     from tqdm import tqdm
 
-    return iter(tqdm(tensors, desc="Dequantising GGUF tensors", unit="tensor", delay=2))
+    return iter(tqdm(tensors, desc="Dequantising GGUF tensors", unit="tensor", delay=2, disable=None))

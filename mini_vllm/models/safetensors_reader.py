@@ -29,6 +29,8 @@ from mini_vllm.weight_files import INDEX_FILE, without_duplicates
 READ_AHEAD_BYTES = 64 << 20
 READ_PIECE_BYTES = 8 << 20
 READER_THREADS = 4
+PROGRESS_DELAY_SECONDS = 1.0
+"""Loading that takes less shows no bar."""
 _WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LENGTH_BYTES = 8
 """A file begins with the length of its header, an unsigned 64-bit number."""
@@ -222,5 +224,5 @@ def _progress(total_bytes: int, use_tqdm: bool) -> Any:
 
     return tqdm(
         total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024,
-        desc="Loading safetensors", disable=None if use_tqdm else True,
+        desc="Loading safetensors", disable=None if use_tqdm else True, delay=PROGRESS_DELAY_SECONDS,
     )  # fmt: skip

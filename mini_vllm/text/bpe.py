@@ -66,9 +66,7 @@ class BPEVocabulary:
         texts = {token_id: text.encode("utf-8") for text, token_id in self.special_tokens.items()}
         unknown = [i for i in ids if not 0 <= i < len(self)]
         if unknown:
-            raise InvalidParameterError(
-                "ids", f"must be below {len(self)}, the vocabulary's size; got {unknown[0]}"
-            )
+            raise InvalidParameterError("ids", f"must be below {len(self)}, the vocabulary's size; got {unknown[0]}")
         return b"".join(texts[i] if i in texts else self.tokens[i] for i in ids).decode("utf-8", errors="replace")
 
     @cached_property

@@ -33,10 +33,14 @@ _FOREIGN_FILES = ("tekken.json", "tiktoken.model", "qwen.tiktoken", "vocab.txt")
 
 @dataclass(frozen=True)
 class _Source:
-    """A tokenizer before framing: what encodes, what prepares its text, and the family's defaults."""
+    """A tokenizer before framing: what encodes, what prepares its text, and the family's defaults.
+
+    is_complete: the file says itself how a text is framed.
+    """
 
     backend: RustTokenizer
     tokens: AddedTokens
+    is_complete: bool = False
     add_bos: bool = False
     add_eos: bool = False
     normalize: Callable[[str], str] | None = None
@@ -99,7 +103,7 @@ def _from_tokenizer_json(file: Path, tokens: AddedTokens) -> _Source:
     with rust_errors(file, "not a readable tokenizer.json"):
         backend = RustTokenizer.from_str(text)
     install(backend, tokens, file.parent)
-    return _Source(backend, tokens)
+    return _Source(backend, tokens, is_complete=True)
 
 
 def _from_vocab_and_merges(folder: Path, config: Mapping[str, Any], tokens: AddedTokens) -> _Source:
@@ -108,7 +112,7 @@ def _from_vocab_and_merges(folder: Path, config: Mapping[str, Any], tokens: Adde
     known = {name: text for name, text in family.defaults.items() if backend.token_to_id(text) is not None}
     tokens = tokens.with_defaults(known)
     install(backend, tokens, folder)
-    return _Source(backend, tokens, family.add_bos)
+    return _Source(backend, tokens, add_bos=family.add_bos)
 
 
 def _from_sentencepiece(file: Path, config: Mapping[str, Any], tokens: AddedTokens) -> _Source:
@@ -126,7 +130,8 @@ def _from_sentencepiece(file: Path, config: Mapping[str, Any], tokens: AddedToke
     )
     has_bos = 0 <= model.bos_id < len(model.pieces) and model.pieces[model.bos_id].kind == CONTROL
     is_t5 = _class_name(config).startswith("T5Tokenizer")
-    return _Source(backend, tokens, has_bos and model.model_type == BPE and not is_t5, is_t5, normalize)
+    generates = has_bos and model.model_type == BPE  # Llama, Mistral, Gemma
+    return _Source(backend, tokens, add_bos=generates, add_eos=is_t5, normalize=normalize)
 
 
 def _refuse_tiktoken(file: Path) -> None:
@@ -152,26 +157,39 @@ def _model_type(folder: Path) -> str:
 
 
 def _frame(source: _Source, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Make the post-processor add BOS and EOS as `add_bos_token` and `add_eos_token` say.
+    """Have the post-processor add BOS and EOS where they belong.
 
-    A key that is absent leaves that end of the text as the tokenizer's file, or else its family, has it.
+    What a tokenizer.json adds by itself stays; of the config only `add_bos_token: true` counts beside it, for files
+    of models that need a BOS and do not say so. Elsewhere the config decides, or else the family.
     """
     backend = source.backend
     bos, eos = special.get("bos_token"), special.get("eos_token")
-    ids = backend.encode("a", add_special_tokens=True).ids
-    bare = backend.encode("a", add_special_tokens=False).ids
-    has_bos = bos is not None and len(ids) > len(bare) and ids[0] == backend.token_to_id(bos)
-    has_eos = eos is not None and len(ids) > len(bare) and ids[-1] == backend.token_to_id(eos)
-    wants_bos = bos is not None and _flag(config, "add_bos_token", has_bos or source.add_bos)
-    wants_eos = eos is not None and _flag(config, "add_eos_token", has_eos or source.add_eos)
-    if (wants_bos, wants_eos) == (has_bos, has_eos):
-        return
+    has_bos, has_eos = _framed_by(backend, bos, eos)
+    if source.is_complete:
+        wants_bos, wants_eos = has_bos or _flag(config, "add_bos_token", False), has_eos
+    else:
+        wants_bos = _flag(config, "add_bos_token", source.add_bos)
+        wants_eos = _flag(config, "add_eos_token", source.add_eos)
     before = [bos] if wants_bos and bos is not None else []
     after = [eos] if wants_eos and eos is not None else []
+    if (bool(before), bool(after)) == (has_bos, has_eos):
+        return
     backend.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *before, "$B:1", *after],
         special_tokens=[(text, backend.token_to_id(text)) for text in {*before, *after}],
+    )
+
+
+def _framed_by(backend: RustTokenizer, bos: str | None, eos: str | None) -> tuple[bool, bool]:
+    """Whether a text gets BOS in front and EOS behind as the tokenizer is."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    ids = backend.encode("a", add_special_tokens=True).ids
+    start = next((i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare), None)
+    before, after = (ids, ids) if start is None else (ids[:start], ids[start + len(bare) :])
+    return (
+        bos is not None and before[:1] == [backend.token_to_id(bos)],
+        eos is not None and after[-1:] == [backend.token_to_id(eos)],
     )
 
 

@@ -12,7 +12,7 @@ of, ends one text and begins another.
 
 import re
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from tokenizers import AddedToken
 
@@ -47,9 +47,8 @@ class SentencePieceNormalizer:
         prefix_every_text: bool,
     ) -> None:
         added = list(added)
-        self._tokens = {token.content: token for token in added}
-        self._boundary = _any_of([token for token in added if token.content not in user_defined])
-        self._symbol = _any_of([token for token in added if token.content in user_defined])
+        self._boundaries = _TokenFinder(token for token in added if token.content not in user_defined)
+        self._symbols = _TokenFinder(token for token in added if token.content in user_defined)
         self._charsmap = PrecompiledCharsmap(model.precompiled_charsmap) if model.precompiled_charsmap else None
         self._remove_extra = model.remove_extra_whitespaces
         self._space = VISIBLE_SPACE if model.escape_whitespaces else " "
@@ -57,18 +56,16 @@ class SentencePieceNormalizer:
         self._prefix_every_text = prefix_every_text
 
     def __call__(self, text: str) -> str:
-        if self._boundary is None:
-            return self._normalize(text, self._prefix)
         parts: list[str] = []
         start = 0
-        for match in self._boundary.finditer(text):
-            token = self._tokens[match.group()]
-            before = text[start : match.start()]
-            before = before.rstrip(_WHITE_SPACE) if token.lstrip else before
-            parts += (self._text(before, start), token.content)
-            start = match.end()
+        for at, token in self._boundaries.find(text):
+            if at < start:  # within the white space that the token before swallowed
+                continue
+            before = text[start:at]
+            parts += (self._text(before.rstrip(_WHITE_SPACE) if token.lstrip else before, start), token.content)
+            start = at + len(token.content)
             if token.rstrip:
-                start += len(text) - start - len(text[start:].lstrip(_WHITE_SPACE))
+                start = len(text) - len(text[start:].lstrip(_WHITE_SPACE))
         parts.append(self._text(text[start:], start))
         return "".join(parts)
 
@@ -90,23 +87,45 @@ class SentencePieceNormalizer:
         """The table's replacements, except in user-defined symbols."""
         if self._charsmap is None:
             return text
-        if self._symbol is None:
-            return self._charsmap.replace(text)
         parts: list[str] = []
         start = 0
-        for match in self._symbol.finditer(text):
-            parts += (self._charsmap.replace(text[start : match.start()]), match.group())
-            start = match.end()
+        for at, symbol in self._symbols.find(text):
+            parts += (self._charsmap.replace(text[start:at]), symbol.content)
+            start = at + len(symbol.content)
         return "".join([*parts, self._charsmap.replace(text[start:])])
 
 
-def _any_of(tokens: list[AddedToken]) -> re.Pattern[str] | None:
-    """Leftmost, and of those that begin there the longest."""
-    if not tokens:
-        return None
-    ordered = sorted(tokens, key=lambda token: -len(token.content))
-    escaped = [rf"(?<!\w){re.escape(t.content)}(?!\w)" if t.single_word else re.escape(t.content) for t in ordered]
-    return re.compile("|".join(escaped))
+class _TokenFinder:
+    """Where tokens stand in a text: leftmost first, and of those that begin at one place the longest.
+
+    Vocabularies have thousands of them, mostly beginning alike ("<unused17>"), so a place costs one look-up for each
+    length of token that its first character can begin, not one comparison for each token.
+    """
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        self._tokens = {token.content: token for token in tokens}
+        lengths: dict[str, set[int]] = {}
+        for content in self._tokens:
+            lengths.setdefault(content[0], set()).add(len(content))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._first = re.compile("[" + "".join(map(re.escape, lengths)) + "]") if lengths else None
+
+    def find(self, text: str) -> Iterator[tuple[int, AddedToken]]:
+        """(position, token) of each one in `text`, from left to right, without overlap."""
+        if self._first is None:
+            return
+        position = 0
+        while match := self._first.search(text, position):
+            start = match.start()
+            candidates = (text[start : start + length] for length in self._lengths[match.group()])
+            token = next((self._tokens[content] for content in candidates if content in self._tokens), None)
+            position = start + (1 if token is None else len(token.content))
+            if token is not None and not (token.single_word and _touches_a_word(text, start, position)):
+                yield start, token
+
+
+def _touches_a_word(text: str, start: int, end: int) -> bool:
+    return bool(re.match(r"\w", text[start - 1 : start]) or re.match(r"\w", text[end : end + 1]))
 
 
 class PrecompiledCharsmap:

@@ -3,10 +3,12 @@
 What the loader alone can be asked is in test_loader.py and test_safetensors_reader.py; here the whole engine starts.
 """
 
+import gc
 import json
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mini_vllm import LLM, SamplingParams
-from mini_vllm.exceptions import CheckpointError, KVCacheTooSmallError, UnsupportedModelError
+from mini_vllm.exceptions import CheckpointError, KVCacheTooSmallError, MiniVLLMError, UnsupportedModelError
 from mini_vllm.models.llama import LlamaForCausalLM
 from mini_vllm.models.utils import weight_bytes
 from tests.checkpoints import make_checkpoint
@@ -197,6 +199,19 @@ def test_a_pool_that_is_too_small_leaves_no_weights_behind(folder: Path, made: l
         start(folder, num_gpu_blocks_override=2, max_model_len=256)
     assert error.value is not None and [weight_bytes(model) for model in made] == [0]
     assert tokens(start(folder, num_gpu_blocks_override=20, max_model_len=256))
+
+
+def test_bad_defaults_beside_sound_weights_leave_none_behind(folder: Path, made: list[nn.Module]) -> None:
+    for name, value in (("temperature", -3), ("eos_token_id", ["</s>"])):
+        (folder / "generation_config.json").write_text(json.dumps({name: value}))
+        with pytest.raises(MiniVLLMError, match=name) as error:
+            start(folder)
+        models = [weakref.ref(model) for model in made]
+        made.clear()
+        gc.collect()
+        assert error.value is not None and [model() for model in models] == [None] * len(models)
+    (folder / "generation_config.json").unlink()
+    assert tokens(start(folder))
 
 
 def test_an_interrupt_while_loading_leaves_nothing_behind(

@@ -14,6 +14,7 @@ from mini_vllm.config import LoadConfig, ModelConfig
 from mini_vllm.distributed.parallel_state import use_tp_group
 from mini_vllm.exceptions import CheckpointError, UnsupportedModelError
 from mini_vllm.hf_config import HFConfig
+from mini_vllm.models import safetensors_reader
 from mini_vllm.models.loader import INDEX_FILE, WEIGHTS_FILE, LazyTensor, iterate_weights, load_model
 from mini_vllm.models.registry import ModelRegistry
 from mini_vllm.models.utils import load_weights, make_layers, weight_bytes
@@ -294,6 +295,7 @@ def test_the_same_tensor_in_two_shards_is_refused(sharded):
 
 
 def test_progress_is_shown_on_a_terminal_when_asked_and_never_elsewhere(sharded, capsys, monkeypatch):
+    monkeypatch.setattr(safetensors_reader, "PROGRESS_DELAY_SECONDS", 0)
     load(sharded, use_tqdm=True)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
@@ -302,6 +304,10 @@ def test_progress_is_shown_on_a_terminal_when_asked_and_never_elsewhere(sharded,
     load(sharded, use_tqdm=True)
     shown = capsys.readouterr().err
     assert "Loading safetensors: 100%" in shown and "B/s" in shown
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load(sharded, use_tqdm=True)
+    assert capsys.readouterr().err == "", "what is loaded at once needs no bar"
 
 
 def test_the_log_says_how_much_was_read_and_what_packing_took(sharded, caplog):

@@ -101,6 +101,26 @@ def test_no_more_than_the_window_is_read_ahead_and_every_byte_once(
     assert 30_000 < most_ahead <= 40_000
 
 
+def test_several_places_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(reader.READER_THREADS)  # nobody passes until so many have come
+    first = iter(range(reader.READER_THREADS))
+    read, files_read = MappedFile.read, set()
+
+    def meet(self: MappedFile, start: int, stop: int) -> None:
+        if next(first, None) is not None:
+            files_read.add(self.path.name)
+            together.wait(timeout=20)
+        read(self, start, stop)
+
+    monkeypatch.setattr(MappedFile, "read", meet)
+    few = {f"t{i}": torch.full((4, 4), float(i)) for i in range(6)}
+    write_safetensors(tmp_path, few, num_shards=3)
+    assert {name: float(tensor.narrow(0, 0, 1)[0, 0]) for name, tensor in iterate_weights(tmp_path)} == {
+        f"t{i}": float(i) for i in range(6)
+    }
+    assert len(files_read) >= 2, "more than one shard"
+
+
 def test_used_pages_are_given_back_and_can_be_read_again(tmp_path: Path) -> None:
     tensor = torch.randn(64, 4096)
     write_safetensors(tmp_path, {"a": tensor})

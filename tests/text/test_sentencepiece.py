@@ -78,7 +78,7 @@ def test_decoding_gives_what_the_library_gives(tokenizers, kind: str) -> None:
     unknown = theirs.unk_id()
     for text in corpus():
         ids = theirs.encode(text)
-        if unknown not in ids and plain(ours, text):
+        if unknown not in ids and plain(ours, text) and not text.startswith("▁"):
             assert ours.decode(ids) == theirs.decode(ids), text
 
 
@@ -127,7 +127,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "unsaid": ("llama", {**LLAMA, "add_bos_token": False}),
     "no-prefix": ("llama", {**LLAMA, "add_prefix_space": False, "add_bos_token": True}),
     "gemma": ("gemma", {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-                        "pad_token": "<pad>", "unk_token": "<unk>", "add_bos_token": True}),
+                        "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<turn>", "add_bos_token": True}),
 }  # fmt: skip
 
 
@@ -145,8 +145,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Token
 
 
 def both_read_it_alike(name: str, text: str) -> bool:
-    """transformers leaves out the space that SentencePiece puts before a text which begins with one."""
-    return name in ("gemma", "no-prefix") or not text.startswith((" ", "▁")) and "> " not in text and ">▁" not in text
+    """transformers leaves out the space that SentencePiece puts before a text which begins with one, and takes
+    symbols spelt with visible spaces (Gemma's "▁▁") where those are written in the text only."""
+    if name == "gemma":
+        return "▁" not in text
+    return name == "no-prefix" or not (text.startswith((" ", "▁")) or "> " in text or ">▁" in text)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
