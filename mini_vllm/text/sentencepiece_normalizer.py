@@ -59,13 +59,15 @@ class SentencePieceNormalizer:
         parts: list[str] = []
         start = 0
         for at, token in self._boundaries.find(text):
-            if at < start:  # within the white space that the token before swallowed
+            if at < start:  # within the white space that the token before swallows
                 continue
-            before = text[start:at]
-            parts += (self._text(before.rstrip(_WHITE_SPACE) if token.lstrip else before, start), token.content)
+            # White space to be swallowed stays as it is: the library, which sees the token next, does that.
+            end_of_text = len(text[start:at].rstrip(_WHITE_SPACE)) + start if token.lstrip else at
+            parts.append(self._text(text[start:end_of_text], start))
             start = at + len(token.content)
             if token.rstrip:
                 start = len(text) - len(text[start:].lstrip(_WHITE_SPACE))
+            parts.append(text[end_of_text:start])
         parts.append(self._text(text[start:], start))
         return "".join(parts)
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from mini_vllm.exceptions import CheckpointError, UnsupportedModelError
 from mini_vllm.logger import init_logger
-from mini_vllm.text.added_tokens import AddedTokens
+from mini_vllm.text.added_tokens import AddedTokens, place_in_vocab
 from mini_vllm.text.reading import rust_errors
 from mini_vllm.text.sentencepiece import (
     BPE,
@@ -32,7 +32,10 @@ from mini_vllm.text.sentencepiece_normalizer import VISIBLE_SPACE
 
 logger = init_logger(__name__)
 
-_MAX_PIECE_LENGTH = 1024
+_MAX_PIECE_LENGTH = 256
+_MAX_TOTAL_LENGTH = 1 << 24
+"""Looking for merges costs a look-up for each character of each piece; Gemma's 256,000 pieces have 2 million."""
+
 _LITERAL_BYTE = "<(?=0x[0-9A-F]{2}>)"
 
 
@@ -46,7 +49,8 @@ def build_sentencepiece(
     _refuse_unsupported(model, file)
     pieces = _renamed(model.pieces, tokens)
     with rust_errors(file, "makes no tokenizer"):
-        backend = RustTokenizer(_bpe(model, pieces, file) if model.model_type == BPE else _unigram(model, pieces, file))
+        by_kind = _bpe if model.model_type == BPE else _unigram
+        backend = RustTokenizer(by_kind(model, pieces, tokens, file))
         if model.model_type == UNIGRAM and model.byte_fallback:
             # The library would take "<0x41>" in a text for that byte; two words cannot be joined.
             backend.pre_tokenizer = pre_tokenizers.Split(Regex(_LITERAL_BYTE), "isolated")
@@ -89,14 +93,14 @@ def _renamed(pieces: tuple[Piece, ...], tokens: AddedTokens) -> list[Piece]:
     return renamed
 
 
-def _bpe(model: SentencePieceModel, pieces: list[Piece], file: Path) -> models.BPE:
+def _bpe(model: SentencePieceModel, pieces: list[Piece], tokens: AddedTokens, file: Path) -> models.BPE:
     scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     merges = merges_from_scores(scores, file)
     unused = {piece.text for piece in pieces if piece.kind == UNUSED}
     if unused and merges_from_scores(scores, file, only=unused):
         raise UnsupportedModelError(f"{file}: pieces of type UNUSED that merges can reach are not supported")
     return models.BPE(
-        {piece.text: index for index, piece in enumerate(pieces)},
+        place_in_vocab({piece.text: index for index, piece in enumerate(pieces)}, tokens, file),
         merges,
         unk_token=_unknown(pieces),
         fuse_unk=True,
@@ -114,6 +118,8 @@ def merges_from_scores(
     only: the unions to consider, if not all.
     """
     ranked = []
+    if (total := sum(map(len, scores))) > _MAX_TOTAL_LENGTH:
+        raise CheckpointError(f"{file}: pieces have {total} characters together; at most {_MAX_TOTAL_LENGTH} are read")
     for piece in scores if only is None else only:
         if len(piece) > _MAX_PIECE_LENGTH:
             raise CheckpointError(f"{file}: the piece {piece[:40]!r}... has {len(piece)} characters")
@@ -128,7 +134,7 @@ def merges_from_scores(
     return [(piece[:cut], piece[cut:]) for _, piece, cut in ranked]
 
 
-def _unigram(model: SentencePieceModel, pieces: list[Piece], file: Path) -> models.Unigram:
+def _unigram(model: SentencePieceModel, pieces: list[Piece], tokens: AddedTokens, file: Path) -> models.Unigram:
     if any(piece.kind == UNUSED for piece in pieces):
         raise UnsupportedModelError(f"{file}: pieces of type UNUSED are not supported in a UNIGRAM model")
     unknown = next(index for index, piece in enumerate(pieces) if piece.kind == UNKNOWN)

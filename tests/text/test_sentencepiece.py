@@ -341,6 +341,15 @@ def test_a_placeholder_piece_takes_the_text_the_config_gives_it(tmp_path: Path) 
     assert tokenizer.convert_ids_to_tokens(4) == "<fim>" and len(tokenizer) == spm.processor("gemma").get_piece_size()
 
 
+def test_tokens_beyond_the_model_keep_their_ids_even_over_a_hole(tmp_path: Path) -> None:
+    spm.write_folder(tmp_path, "llama", {"added_tokens_decoder": {"705": {"content": "<far>", "special": True}}})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a<far>", add_special_tokens=False)[-1] == 705 and len(tokenizer) == 706
+    spm.write_folder(tmp_path, "llama", {"added_tokens_decoder": {"705": {"content": "<s>", "special": True}}})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: '<s>' is declared as id 705, but .* has id 1"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_user_defined_symbols_are_not_special_even_at_the_start(tokenizers) -> None:
     ours, theirs = tokenizers["unigram-bytes"]
     assert USER_DEFINED in {p.kind for p in read_sentencepiece(Path(ours.name_or_path) / "tokenizer.model").pieces}
