@@ -11,12 +11,12 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from mini_vllm.exceptions import CheckpointError
 from mini_vllm.gguf.metadata import Metadata
 from mini_vllm.gguf.pre_tokenizers import find_splitting
 from mini_vllm.gguf.reader import GGUFFile
 from mini_vllm.gguf.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, token_id, token_kinds, token_texts
 from mini_vllm.logger import init_logger
+from mini_vllm.text.reading import rust_errors
 from mini_vllm.text.sentencepiece_tokenizer import merges_from_scores
 from mini_vllm.text.tokenizer import Tokenizer
 
@@ -43,12 +43,8 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
             "tokenizer.json as the tokenizer (--tokenizer DIR)",
         )
     tokens = token_texts(metadata)
-    try:
+    with rust_errors(file.path, "tokenizer.ggml.tokens make no tokenizer"):
         backend = _BUILDERS[kind](metadata, tokens)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the Rust side raises a bare Exception
-        raise metadata.fail("tokenizer.ggml.tokens", f"make no tokenizer: {error}") from error
     special = _special_tokens(metadata, tokens)
     _add_tokens(backend, metadata, tokens, special)
     _append_eos(backend, metadata)
