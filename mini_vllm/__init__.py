@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from mini_vllm.engine.arg_utils import EngineArgs
     from mini_vllm.engine.llm_engine import LLMEngine
     from mini_vllm.entrypoints.llm import LLM
-    from mini_vllm.outputs import CompletionOutput, RequestOutput
-    from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
+    from mini_vllm.outputs import BeamSearchOutput, CompletionOutput, RequestOutput
+    from mini_vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
     from mini_vllm.toy import ToyEngine
 
 __version__ = "0.1.0"
@@ -21,14 +21,18 @@ _HOMES = {
     "LLMEngine": "mini_vllm.engine.llm_engine",
     "EngineArgs": "mini_vllm.engine.arg_utils",
     "SamplingParams": "mini_vllm.sampling_params",
+    "BeamSearchParams": "mini_vllm.sampling_params",
     "RequestOutputKind": "mini_vllm.sampling_params",
     "RequestOutput": "mini_vllm.outputs",
+    "BeamSearchOutput": "mini_vllm.outputs",
     "CompletionOutput": "mini_vllm.outputs",
     "ToyEngine": "mini_vllm.toy",
 }
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",

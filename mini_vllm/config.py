@@ -73,6 +73,7 @@ class ModelConfig:
     dtype: resolved torch dtype name ('float32', 'bfloat16', 'float16'), never 'auto'.
     max_model_len: resolved limit in tokens; None means 'auto' until the pool is sized.
     tokenizer_vocab_size: ids above this are masked, since no token stands behind them; None masks nothing.
+    logits_processors: classes (or "module:Class") of `sampling.logits_processor.LogitsProcessor`.
     """
 
     model: str
@@ -84,6 +85,7 @@ class ModelConfig:
     served_model_name: str | None = None
     quantization: str | None = None
     seed: int = 0
+    logits_processors: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

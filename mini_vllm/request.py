@@ -7,7 +7,7 @@ computed counter back at 0. Only the scheduler writes these fields.
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mini_vllm.sampling_params import SamplingParams
@@ -88,6 +88,10 @@ class Request:
     num_output_placeholders: tokens scheduled whose value has not come back yet (asynchronous mode).
     epoch: which life this is, unique in its scheduler and new after each preemption, so that results of an
         earlier life (or of an aborted request with the same id) are dropped.
+    unborn_ids: ids of the requests that will part from this one when its first token is sampled (`n` of the sampling
+        parameters is 1 + their number). sample_index: 0, or which of those this one is.
+    bad_words_token_ids: the sequences of ids that `bad_words` stands for.
+    new_to_worker: the worker has no row for it, so that the next plan says everything about it.
     """
 
     __slots__ = (
@@ -96,6 +100,7 @@ class Request:
         "status", "all_token_ids", "output_token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens",
         "num_cached_tokens", "num_output_placeholders", "spec_token_ids", "num_preemptions", "epoch", "stop_reason",
         "error", "waiting_reason", "waiting_detail", "block_hashes", "stop_ids", "new_to_worker",
+        "unborn_ids", "sample_index", "bad_words_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -113,6 +118,9 @@ class Request:
         mm_features: Sequence[MultiModalFeature] = (),
         pooling_params: Any = None,
         kv_transfer_params: dict[str, Any] | None = None,
+        child_ids: Sequence[str] = (),
+        sample_index: int = 0,
+        bad_words_token_ids: Sequence[Sequence[int]] = (),
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -146,10 +154,52 @@ class Request:
         self.block_hashes: list[bytes] = []
         self.stop_ids = frozenset(sampling_params.stop_token_ids)
         self.new_to_worker = True
+        self.unborn_ids = tuple(child_ids)
+        self.sample_index = sample_index
+        self.bad_words_token_ids = bad_words_token_ids
+
+    def bear_children(self) -> list["Request"]:
+        """The requests that part from this one now; each is to get its own first token. Asked once."""
+        if not self.unborn_ids:
+            return []
+        params = replace(self.sampling_params, n=1, prompt_logprobs=None)
+        children = [self._child(child_id, index, params) for index, child_id in enumerate(self.unborn_ids, start=1)]
+        self.unborn_ids = ()
+        return children
+
+    def _child(self, child_id: str, sample_index: int, params: SamplingParams) -> "Request":
+        child = Request(
+            child_id,
+            self.prompt_token_ids,
+            params,
+            eos_token_id=self.eos_token_id,
+            arrival_time=self.arrival_time,
+            priority=self.priority,
+            max_model_len=self.max_model_len,
+            cache_salt=self.cache_salt,
+            lora_request=self.lora_request,
+            mm_features=self.mm_features,
+            sample_index=sample_index,
+            bad_words_token_ids=self.bad_words_token_ids,
+        )
+        child.num_cached_tokens = self.num_cached_tokens  # its prompt was computed with the parent's
+        return child
 
     @property
     def num_output_tokens(self) -> int:
         return len(self.output_token_ids)
+
+    @property
+    def all_stop_token_ids(self) -> list[int]:
+        """The ids that would end it now: end of sequence unless ignored, and the stop ids."""
+        eos = () if self.eos_token_id is None or self.sampling_params.ignore_eos else (self.eos_token_id,)
+        return sorted(self.stop_ids.union(eos))
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether cached blocks may stand in for computing. Not while prompt logprobs are wanted: they come of the
+        hidden states, which no cache holds."""
+        return self.sampling_params.prompt_logprobs is None or bool(self.output_token_ids)
 
     @property
     def num_tokens_with_spec(self) -> int:
@@ -170,12 +220,16 @@ class Request:
         self.num_tokens += 1
 
     def maybe_finish(self) -> bool:
-        """Check the newest token: end of sequence first, then stop ids, then length (so a tie is 'stop')."""
+        """Check the newest token: end of sequence first, then stop ids, then length (so a tie is 'stop').
+
+        Neither end of sequence nor stop ids count among the first `min_tokens`.
+        """
         params = self.sampling_params
         last = self.all_token_ids[-1]
-        if last == self.eos_token_id and not params.ignore_eos:
+        may_stop = len(self.output_token_ids) > params.min_tokens
+        if may_stop and last == self.eos_token_id and not params.ignore_eos:
             self.status = RequestStatus.FINISHED_STOPPED
-        elif last in self.stop_ids:
+        elif may_stop and last in self.stop_ids:
             self.status = RequestStatus.FINISHED_STOPPED
             self.stop_reason = last
         elif self._reached_length():

@@ -34,6 +34,12 @@ NUM_BYTES = 256
 EOS_TOKEN_ID = NUM_BYTES
 VOCAB_SIZE = NUM_BYTES + 1
 
+_BEYOND_THE_TOY = (
+    "n", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "bad_words", "logit_bias",
+    "allowed_token_ids", "min_tokens", "logprobs", "prompt_logprobs", "logprob_token_ids", "logits_processors",
+)  # fmt: skip
+"""Sampling parameters that the teaching sampler does not have."""
+
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", dtype=np.uint8)
 _request_numbers = itertools.count()
 
@@ -289,12 +295,15 @@ class ToyEngine:
         """Queue a prompt (text or token ids) and return its id, `req-<n>`. Nothing is computed yet.
 
         params: None is greedy with `SamplingParams`' other defaults. Raises `InvalidParameterError` for an
-        empty prompt or ids outside the vocabulary, `PromptTooLongError` for one that can never fit the pool.
+        empty prompt, ids outside the vocabulary or parameters that only the real engine has, `PromptTooLongError`
+        for a prompt that can never fit the pool.
         """
+        params = params if params is not None else SamplingParams(temperature=0.0)
+        _require_toy_params(params)
         request = Request(
             f"req-{next(_request_numbers)}",
             self._token_ids(prompt),
-            params if params is not None else SamplingParams(temperature=0.0),
+            params,
             eos_token_id=EOS_TOKEN_ID,
             arrival_time=self._clock(),
             priority=priority,
@@ -355,6 +364,13 @@ class ToyEngine:
             if not 0 <= token_id < VOCAB_SIZE:
                 raise InvalidParameterError("prompt", f"token ids are 0 to {VOCAB_SIZE - 1}, got {token_id}")
         return token_ids
+
+
+def _require_toy_params(params: SamplingParams) -> None:
+    plain = SamplingParams()
+    for name in _BEYOND_THE_TOY:
+        if getattr(params, name) != getattr(plain, name):
+            raise InvalidParameterError(name, "the toy engine does not have this; the real one (LLM) does")
 
 
 def _build_model(model: str | ToyModelProtocol, seed: int) -> ToyModelProtocol:

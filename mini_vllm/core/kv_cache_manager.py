@@ -77,7 +77,7 @@ class KVCacheManager:
 
         Never the whole prompt: at least one token is left to compute, because it yields the logits.
         """
-        if not self.enable_caching:
+        if not self.enable_caching or not request.reads_prefix_cache:
             return self._no_hits(), 0
         limit = (request.num_tokens - 1) // self.block_size
         extend_block_hashes(request, limit, self.block_size)

@@ -6,6 +6,7 @@ prefix hits and resumption after a preemption are this one rule. `num_computed_t
 the plan is made, so the next plan does not have to wait for this one's results.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,6 +15,7 @@ from mini_vllm.core.interfaces import AdmissionRule
 from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.policy import make_queue
 from mini_vllm.core.scheduler_output import (
+    BlockCopy,
     BlockIds,
     EngineCoreOutput,
     ModelRunnerOutput,
@@ -29,6 +31,7 @@ class Scheduler:
 
     requests: every unfinished request by id. running: those holding blocks, in order of admission.
     waiting: the others, in the order in which they will be admitted. A request is in exactly one of the two.
+    A request for several samples is one request until its first token is there; then its children part from it.
     """
 
     def __init__(
@@ -51,17 +54,24 @@ class Scheduler:
         self._num_lives = 0
         self._finished_req_ids: list[str] = []
         self._undone_req_ids: list[str] = []
+        self._unborn_ids: set[str] = set()
+        self._block_copies: list[BlockCopy] = []
         self._failures: list[EngineCoreOutput] = []
 
     # -- requests in and out -----------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        """Queue a validated request. Raises ValueError for an id that is still alive."""
-        if request.request_id in self.requests:
-            raise ValueError(f"request_id: {request.request_id!r} is already in use")
+        """Queue a validated request. Raises ValueError for an id that is alive, or that a child will have."""
+        for request_id in (request.request_id, *request.unborn_ids):
+            if self.is_in_use(request_id):
+                raise ValueError(f"request_id: {request_id!r} is already in use")
+        self._unborn_ids.update(request.unborn_ids)
         self._begin_life(request)
         self.requests[request.request_id] = request
         self.waiting.add(request)
+
+    def is_in_use(self, request_id: str) -> bool:
+        return request_id in self.requests or request_id in self._unborn_ids
 
     def _begin_life(self, request: Request) -> None:
         # Unique over all requests: a later request may have the id of one whose results are still under way.
@@ -88,8 +98,9 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = status
         self._release(request)
+        self._unborn_ids.difference_update(request.unborn_ids)
         del self.requests[request.request_id]
-        self._finished_req_ids.append(request.request_id)
+        self._finished_req_ids += (request.request_id, *request.unborn_ids)
 
     def _release(self, request: Request) -> None:
         for rule in self.rules:
@@ -104,6 +115,8 @@ class Scheduler:
             self.running.remove(request)
         self._finish(request, RequestStatus.FINISHED_ERROR)
         self._failures.append(self._news(request, []))
+        for child_id in request.unborn_ids:
+            self._failures.append(dataclasses.replace(self._failures[-1], request_id=child_id))
 
     def _drop_finished_from_running(self) -> None:
         self.running = [request for request in self.running if not request.is_finished]
@@ -122,6 +135,8 @@ class Scheduler:
         plan.total_num_scheduled_tokens = self.config.max_num_batched_tokens - budget
         plan.preempted_req_ids += self._undone_req_ids
         plan.finished_req_ids = self._finished_req_ids
+        plan.block_copies = self._block_copies
+        self._block_copies = []
         self._undone_req_ids = []
         self._finished_req_ids = []
         return plan
@@ -193,22 +208,29 @@ class Scheduler:
         return num_new, why
 
     def _commit_running(self, request: Request, num_new: int, block_ids: BlockIds, plan: SchedulerOutput) -> None:
-        request_id = request.request_id
-        cached = plan.cached_reqs
-        cached.req_ids.append(request_id)
-        cached.num_computed_tokens.append(request.num_computed_tokens)
-        if any(block_ids):
-            cached.new_block_ids[request_id] = block_ids
+        if request.new_to_worker:  # a child of the step before
+            self._introduce(request, plan)
+        else:
+            cached = plan.cached_reqs
+            cached.req_ids.append(request.request_id)
+            cached.num_computed_tokens.append(request.num_computed_tokens)
+            if any(block_ids):
+                cached.new_block_ids[request.request_id] = block_ids
         self._commit(request, num_new, plan)
 
     def _admit(self, request: Request, num_new: int, plan: SchedulerOutput) -> None:
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = request.num_computed_tokens
-            self.kv.record_prefix_lookup(request.num_tokens, request.num_computed_tokens)
+            if request.reads_prefix_cache:
+                self.kv.record_prefix_lookup(request.num_tokens, request.num_computed_tokens)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
-        plan.new_reqs.append(self._new_request_data(request))
+        self._introduce(request, plan)
         self._commit(request, num_new, plan)
+
+    def _introduce(self, request: Request, plan: SchedulerOutput) -> None:
+        plan.new_reqs.append(self._new_request_data(request))
+        request.new_to_worker = False
 
     def _commit(self, request: Request, num_new: int, plan: SchedulerOutput) -> None:
         for rule in self.rules:
@@ -216,6 +238,8 @@ class Scheduler:
         plan.num_scheduled_tokens[request.request_id] = num_new
         plan.epochs[request.request_id] = request.epoch
         request.num_computed_tokens += num_new
+        if request.unborn_ids and self.needs_sample(request):
+            plan.forks[request.request_id] = list(request.unborn_ids)
 
     def _new_request_data(self, request: Request) -> NewRequestData:
         return NewRequestData(
@@ -227,6 +251,9 @@ class Scheduler:
             num_computed_tokens=request.num_computed_tokens,
             lora_name=request.lora_request.lora_name if request.lora_request else None,
             mm_features=list(request.mm_features),
+            sample_index=request.sample_index,
+            all_stop_token_ids=request.all_stop_token_ids,
+            bad_words_token_ids=[list(ids) for ids in request.bad_words_token_ids],
         )
 
     # -- giving way --------------------------------------------------------------------------------------
@@ -242,8 +269,12 @@ class Scheduler:
 
     @staticmethod
     def _unschedule(request_id: str, plan: SchedulerOutput) -> None:
-        """Only running requests are ever preempted, so only deltas have to be taken back."""
+        """Only running requests are ever preempted, so it is deltas, or a child's first row, that are taken back."""
         del plan.epochs[request_id]
+        plan.forks.pop(request_id, None)
+        if request_id not in plan.cached_reqs.req_ids:
+            plan.new_reqs = [new for new in plan.new_reqs if new.req_id != request_id]
+            return
         index = plan.cached_reqs.req_ids.index(request_id)
         del plan.cached_reqs.req_ids[index]
         del plan.cached_reqs.num_computed_tokens[index]
@@ -256,6 +287,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_output_placeholders = 0
         request.spec_token_ids = []
+        request.new_to_worker = True
         request.num_preemptions += 1
         self._begin_life(request)
         request.status = RequestStatus.PREEMPTED
@@ -275,9 +307,14 @@ class Scheduler:
                 self._undone_req_ids.append(request_id)
 
     def repeat_departures(self, plan: SchedulerOutput) -> None:
-        """A worker may not have seen this plan: tell it again who left (dropping a row twice is harmless)."""
+        """A worker may not have seen this plan: tell it again who left (dropping a row twice is harmless).
+
+        Children that the plan had no budget for may lack the blocks it was to copy: they are computed again.
+        """
         self._finished_req_ids = plan.finished_req_ids + self._finished_req_ids
         self._undone_req_ids = plan.preempted_req_ids + self._undone_req_ids
+        for request in [request for request in reversed(self.running) if request.new_to_worker]:
+            self._to_waiting(request)
 
     def _outgrown(self, request: Request) -> str:
         needed, there = self.kv.num_blocks_for(request.num_tokens), self.kv.block_pool.num_usable_blocks
@@ -301,11 +338,11 @@ class Scheduler:
             if request is not None:
                 self._fail(request, message)
         self.kv.confirm_step()
-        outputs = []
+        outputs = self._bear_children(plan, result) if plan.forks else []
         any_finished = False
         for request_id, token_ids in zip(result.req_ids, result.sampled_token_ids, strict=True):
             request = self._alive(request_id, plan)
-            if request is None or not token_ids:
+            if request is None or not (token_ids or request_id in result.prompt_logprobs):
                 continue
             outputs.append(self._append_tokens(request, token_ids, result))
             any_finished |= request.is_finished
@@ -335,6 +372,47 @@ class Scheduler:
         if result.prompt_logprobs:
             news.prompt_logprobs = result.prompt_logprobs.get(request.request_id)
         return news
+
+    # -- several samples of one prompt -------------------------------------------------------------------
+
+    def _bear_children(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
+        """First tokens of the requests that part from another in this step, before any parent can end."""
+        sampled = dict(zip(result.req_ids, result.sampled_token_ids, strict=True))
+        news = []
+        for parent_id in plan.forks:
+            parent = self._alive(parent_id, plan)
+            if parent is None or not sampled.get(parent_id):
+                continue
+            self._unborn_ids.difference_update(parent.unborn_ids)
+            children = parent.bear_children()
+            for child in children:
+                self._begin_life(child)
+                self.requests[child.request_id] = child
+                if token_ids := sampled.get(child.request_id):
+                    news.append(self._append_tokens(child, token_ids, result))
+                else:
+                    self._fail(child, result.errors.get(child.request_id, "the step gave it no first token"))
+            self._place(parent, [child for child in children if not child.is_finished])
+        return news
+
+    def _place(self, parent: Request, children: list[Request]) -> None:
+        """Children share the prompt's blocks while there is room; the others wait, and are computed by themselves.
+
+        Copies of a partial last block are due before anything else is written, so they go with the next plan:
+        a parent that ends meanwhile gives its block away.
+        """
+        homeless: list[Request] = []
+        for child in children:
+            has_place = not homeless and len(self.running) < self.config.max_num_seqs
+            copies = self.kv.fork(parent, child) if has_place else None
+            if copies is None:
+                homeless.append(child)
+                continue
+            self._block_copies += copies
+            child.status = RequestStatus.RUNNING
+            self.running.append(child)
+        for child in reversed(homeless):
+            self.waiting.requeue(child)
 
     @staticmethod
     def _news(request: Request, new_token_ids: list[int]) -> EngineCoreOutput:

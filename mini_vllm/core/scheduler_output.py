@@ -28,6 +28,12 @@ class NewRequestData:
     """Before this step; more than 0 on a prefix-cache hit."""
     lora_name: str | None = None
     mm_features: list[Any] = field(default_factory=list)
+    sample_index: int = 0
+    """Which of the samples of one prompt this is; its random numbers are its own."""
+    all_stop_token_ids: list[int] = field(default_factory=list)
+    """What must not be sampled among the first `min_tokens`: end of sequence (unless ignored) and the stop ids."""
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    """The sequences of ids that `bad_words` stands for."""
 
 
 @dataclass
@@ -69,10 +75,37 @@ class SchedulerOutput:
     free_encoder_hashes: list[str] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)
     forks: dict[str, list[str]] = field(default_factory=dict)
+    """Only in the step in which a parent samples its first token: child i of the list (`sample_index` i + 1) draws its
+    own from the same logits. It has no row yet; a later plan brings it in `new_reqs`."""
     finished_req_ids: list[str] = field(default_factory=list)
     """Ended since the previous plan: the worker drops their rows."""
     preempted_req_ids: list[str] = field(default_factory=list)
     kv_connector_meta: Any = None
+
+
+@dataclass
+class TokenLogprobs:
+    """Raw log-probabilities (of the logits as the model gave them) at one position.
+
+    token_ids, logprobs: the position's own token, then the likeliest ones in order (which may name it again), then
+    those asked for by id.
+    rank: how many tokens are at least as likely as the position's own, itself included; 1 is the likeliest.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+@dataclass
+class PromptLogprobs:
+    """Those of the prompt's tokens from position `start` (1 or more) on, as far as this step computed them.
+
+    After a preemption in the middle of the prompt, positions come again from 1 on.
+    """
+
+    start: int
+    positions: list[TokenLogprobs]
 
 
 @dataclass
@@ -86,18 +119,22 @@ class KVConnectorOutput:
 
 @dataclass
 class ModelRunnerOutput:
-    """What one step produced, keyed by position in `req_ids`."""
+    """What one step produced, keyed by position in `req_ids`.
+
+    Children of `SchedulerOutput.forks` follow the requests of the plan, with a token each.
+    """
 
     req_ids: list[str] = field(default_factory=list)
     sampled_token_ids: list[list[int]] = field(default_factory=list)
     """Ragged: none for a request in mid-prefill, 1 for a decode, up to k+1 under speculation."""
     draft_token_ids: dict[str, list[int]] = field(default_factory=dict)
-    logprobs: dict[str, Any] = field(default_factory=dict)
-    prompt_logprobs: dict[str, Any] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    """One for each sampled token, for the requests that asked."""
+    prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
     pooler_output: dict[str, Any] = field(default_factory=dict)
     kv_connector_output: KVConnectorOutput | None = None
     errors: dict[str, str] = field(default_factory=dict)
-    """A row that could not be computed (say, no token allowed) fails its request alone."""
+    """A row that could not be computed (say, no token allowed) fails its request alone, and its forks with it."""
     expert_load: list[list[int]] | None = None
 
 
@@ -112,8 +149,8 @@ class EngineCoreOutput:
     error: str | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    logprobs: Any = None
-    prompt_logprobs: Any = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     pooler_output: Any = None
     kv_transfer_params: dict[str, Any] | None = None
 

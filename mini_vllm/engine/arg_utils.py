@@ -58,8 +58,8 @@ _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     enable_eplb enable_expert_parallel enable_lora enable_mm_embeds enable_prompt_embeds enable_sleep_mode
     enforce_eager eplb_config fully_sharded_loras hf_config_path hf_overrides hf_token ignore_patterns
     io_processor_plugin kv_cache_dtype kv_events_config kv_offloading_size kv_sharing_fast_prefill
-    kv_transfer_config limit_mm_per_prompt logits_processors logprobs_mode lora_dtype mamba_block_size
-    mamba_cache_dtype mamba_ssm_cache_dtype max_cpu_loras max_logprobs max_long_partial_prefills max_lora_rank
+    kv_transfer_config limit_mm_per_prompt logprobs_mode lora_dtype mamba_block_size
+    mamba_cache_dtype mamba_ssm_cache_dtype max_cpu_loras max_long_partial_prefills max_lora_rank
     max_loras max_num_partial_prefills max_parallel_loading_workers mm_encoder_tp_mode mm_processor_cache_gb
     mm_processor_kwargs model_impl model_loader_extra_config node_rank nnodes observability_config
     otlp_traces_endpoint override_attention_dtype override_generation_config pipeline_parallel_size
@@ -111,6 +111,13 @@ class EngineArgs:
     seed: int | None = _arg(
         0, "model", "Makes requests without a seed of their own repeatable from run to run; none draws fresh entropy."
     )
+    max_logprobs: int = _arg(
+        20, "model", "Logprobs a request may ask for at each position; -1 is as many as the vocabulary has."
+    )
+    logits_processors: tuple[Any, ...] = _arg(
+        (), "model",
+        "Processors of the batch's logits: module:Class, several with commas between (in Python, classes, too).",
+    )  # fmt: skip
 
     load_format: str = _arg(
         "auto", "load",
@@ -158,6 +165,9 @@ class EngineArgs:
             raise ConfigError("trust_remote_code: must be False; this engine never runs code from a checkpoint")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype: must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.max_logprobs < -1:
+            raise ConfigError(f"max_logprobs: must be -1 (all) or at least 0, got {self.max_logprobs}")
+        object.__setattr__(self, "logits_processors", parse_logits_processors(self.logits_processors))
         object.__setattr__(self, "max_model_len", parse_max_model_len(self.max_model_len))
         if self.kv_cache_memory_bytes is not None:
             object.__setattr__(
@@ -273,6 +283,7 @@ class EngineArgs:
                 tokenizer=tokenizer.name_or_path,
                 tokenizer_vocab_size=tokenizer.vocab_size,
                 seed=secrets.randbits(63) if self.seed is None else self.seed,
+                logits_processors=self.logits_processors,
             ),
             cache=CacheConfig(**self._fields_of(CacheConfig)),
             scheduler=SchedulerConfig(
@@ -349,6 +360,15 @@ def parse_size(name: str, value: Any) -> int:
     return int(size)
 
 
+def parse_logits_processors(value: Any) -> tuple[Any, ...]:
+    """Classes, or names module:Class, as a list or as text with commas between."""
+    items = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value or ())
+    for item in items:
+        if not isinstance(item, type) and not (isinstance(item, str) and re.fullmatch(r"[\w.]+:[\w.]+", item)):
+            raise ConfigError(f"logits_processors: must be classes or names module:Class, got {item!r}")
+    return items
+
+
 def parse_max_model_len(value: Any) -> int | str | None:
     """None, 'auto', or a size of at least 1. vLLM's -1 means 'auto'."""
     if value is None or value == "auto":
@@ -368,7 +388,7 @@ _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
     "trust_remote_code": (bool,), "enable_prefix_caching": (bool,), "disable_log_stats": (bool,),
     "block_size": (int,), "num_gpu_blocks_override": (int,), "max_num_batched_tokens": (int,), "max_num_seqs": (int,),
     "long_prefill_token_threshold": (int,), "tensor_parallel_size": (int,), "num_threads": (int,), "seed": (int,),
-    "gpu_memory_utilization": (int, float),
+    "gpu_memory_utilization": (int, float), "max_logprobs": (int,), "logits_processors": (str, tuple, list),
 }  # fmt: skip
 _MAY_BE_NONE = frozenset(
     "model tokenizer revision tokenizer_revision download_dir seed num_gpu_blocks_override num_threads "

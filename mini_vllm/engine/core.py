@@ -45,8 +45,9 @@ class EngineCore:
         """Queue a request, or raise before anything is queued if it can never run."""
         if request.num_prompt_tokens == 0:
             raise InvalidParameterError("prompt", "must have at least one token")
-        if request.request_id in self.scheduler.requests:
-            raise InvalidParameterError("request_id", f"{request.request_id!r} is already in use")
+        for request_id in (request.request_id, *request.unborn_ids):
+            if self.scheduler.is_in_use(request_id):
+                raise InvalidParameterError("request_id", f"{request_id!r} is already in use")
         self._require_fit(request)
         self.scheduler.add_request(request)
 
@@ -70,6 +71,10 @@ class EngineCore:
         """End requests in whatever state they are; unknown and finished ids are ignored. Returns those ended."""
         return self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
 
+    def stop_requests(self, request_ids: Iterable[str]) -> list[Request]:
+        """End requests whose text reached a stop string, as if by a stop token. Returns those ended."""
+        return self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_STOPPED)
+
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests()
 
@@ -92,7 +97,7 @@ class EngineCore:
 
     def _execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Run the plan. A step that raises fails its own requests only; an interrupt loses nothing."""
-        if not (plan.num_scheduled_tokens or plan.finished_req_ids or plan.preempted_req_ids):
+        if not (plan.num_scheduled_tokens or plan.finished_req_ids or plan.preempted_req_ids or plan.block_copies):
             return ModelRunnerOutput()
         try:
             result = _resolve(self.executor.execute_model(plan))

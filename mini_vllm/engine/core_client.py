@@ -22,6 +22,9 @@ class EngineCoreClient(Protocol):
     def abort_requests(self, request_ids: Iterable[str]) -> None:
         """End requests in whatever state they are; ids that are not there are ignored."""
 
+    def stop_requests(self, request_ids: Iterable[str]) -> None:
+        """End requests whose text reached a stop string; ids that are not there are ignored."""
+
     def get_output(self) -> EngineCoreOutputs:
         """What the next step did."""
 
@@ -55,6 +58,9 @@ class InprocClient:
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
         self.core.abort_requests(request_ids)
+
+    def stop_requests(self, request_ids: Iterable[str]) -> None:
+        self.core.stop_requests(request_ids)
 
     def get_output(self) -> EngineCoreOutputs:
         return self.core.step()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mini_vllm.engine.parallel_sampling import child_ids
+from mini_vllm.engine.param_checks import DEFAULT_MAX_LOGPROBS, ParamChecker
 from mini_vllm.exceptions import CheckpointError, InvalidParameterError, PromptTooLongError
 from mini_vllm.logger import init_logger
 from mini_vllm.request import Request
@@ -26,10 +28,10 @@ _DEFAULTS_FROM_GENERATION_CONFIG = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-_NEUTRAL_IN_GENERATION_CONFIG = {"repetition_penalty": 1.0, "min_p": 0.0}
-"""What models ask for that the sampler cannot do yet, with the values that ask for nothing."""
 
 
 @dataclass
@@ -48,6 +50,7 @@ class InputProcessor:
     vocab_size: rows of the model's embedding.
     generation_config: the parsed generation_config.json; gives the defaults of `default_sampling_params`.
     eos_token_ids: every id that ends a sequence by the model's configs; the tokenizer's own comes first.
+    max_logprobs: the most that a request may ask for at a position; -1 is the whole vocabulary.
     """
 
     def __init__(
@@ -58,16 +61,23 @@ class InputProcessor:
         vocab_size: int,
         generation_config: Mapping[str, Any] | None = None,
         eos_token_ids: Sequence[int] = (),
+        max_logprobs: int = DEFAULT_MAX_LOGPROBS,
         clock: Callable[[], float],
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.clock = clock
+        self.checker = ParamChecker(tokenizer, vocab_size, max_logprobs)
         self.default_sampling_params = default_sampling_params(generation_config or {})
         primary = tokenizer.eos_token_id
         self.eos_token_id = primary if primary is not None else next(iter(eos_token_ids), None)
         self._extra_eos_ids = tuple(i for i in dict.fromkeys(eos_token_ids) if i != self.eos_token_id)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a sequence, the one that is always checked first."""
+        return self._extra_eos_ids if self.eos_token_id is None else (self.eos_token_id, *self._extra_eos_ids)
 
     # -- prompts ----------------------------------------------------------------------------------------------
 
@@ -177,15 +187,18 @@ class InputProcessor:
             priority=priority,
             max_model_len=self.max_model_len,
             cache_salt=prompt.cache_salt if cache_salt is None else cache_salt,
+            child_ids=child_ids(request_id, params.n),
+            bad_words_token_ids=self.checker.bad_words_token_ids(params) if params.bad_words else (),
         )
 
     def resolve_params(self, params: SamplingParams | None) -> SamplingParams:
-        """The parameters a request really gets: the model's defaults for None, and its further end-of-sequence ids
-        among the stop ids unless `ignore_eos`."""
+        """The parameters a request really gets, checked against the model: the model's defaults for None, and its
+        further end-of-sequence ids among the stop ids unless `ignore_eos`."""
         if params is None:
             params = self.default_sampling_params
         if not isinstance(params, SamplingParams):
             raise InvalidParameterError("sampling_params", f"must be SamplingParams, got {type(params).__name__}")
+        self.checker.check(params)
         if params.ignore_eos or not self._extra_eos_ids:
             return params
         stop_ids = dict.fromkeys((*params.stop_token_ids, *self._extra_eos_ids))
@@ -199,12 +212,6 @@ def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingPar
         for theirs, ours in _DEFAULTS_FROM_GENERATION_CONFIG.items()
         if generation_config.get(theirs) is not None
     }
-    for name, neutral in _NEUTRAL_IN_GENERATION_CONFIG.items():
-        if generation_config.get(name) not in (None, neutral):
-            logger.warning(
-                "generation_config.json asks for %s=%s, which is not supported yet and is not applied",
-                name, generation_config[name],
-            )  # fmt: skip
     if chosen:
         logger.info("default sampling parameters from generation_config.json: %s", chosen)
     try:

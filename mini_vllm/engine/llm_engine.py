@@ -73,6 +73,7 @@ class LLMEngine:
                 vocab_size=config.model.hf_config.vocab_size,
                 generation_config=generation_config,
                 eos_token_ids=eos_token_ids,
+                max_logprobs=args.max_logprobs,
                 clock=core.clock,
             )
         except BaseException:
@@ -104,16 +105,19 @@ class LLMEngine:
         cache_salt: prefixes are shared only among requests with the same salt.
         """
         self._require_new_id(request_id)
+        params = self.input_processor.resolve_params(params)
         if not isinstance(prompt, TokenizedPrompt):
             prompt = self.input_processor.tokenize([prompt])[0]
         request = self.input_processor.make_request(
             request_id,
             prompt,
-            self.input_processor.resolve_params(params),
+            params,
             arrival_time=arrival_time,
             priority=priority,
             cache_salt=cache_salt,
         )
+        for child_id in request.unborn_ids:
+            self._require_unused(child_id)
         self.output_processor.add_request(request, prompt.text)
         try:
             self.engine_core.add_request(request)
@@ -124,6 +128,9 @@ class LLMEngine:
     def _require_new_id(self, request_id: str) -> None:
         if not isinstance(request_id, str) or not request_id:
             raise InvalidParameterError("request_id", f"must be a string that is not empty, got {request_id!r}")
+        self._require_unused(request_id)
+
+    def _require_unused(self, request_id: str) -> None:
         if request_id in self.output_processor:
             raise InvalidParameterError("request_id", f"{request_id!r} is already in use by an unfinished request")
 
@@ -131,7 +138,7 @@ class LLMEngine:
         """End requests in whatever state they are; returns their last outputs (finish_reason 'abort'). Ids that are
         unknown or finished are ignored."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        self.engine_core.abort_requests(ids)
+        self.engine_core.abort_requests(self.output_processor.core_ids(ids))
         return self.output_processor.abort(ids, self.engine_core.now())
 
     def step(self) -> list[RequestOutput]:
@@ -139,6 +146,8 @@ class LLMEngine:
         news = self.engine_core.get_output()
         now = self.engine_core.now()
         outputs = self.output_processor.process(news.outputs, now)
+        if stopped := self.output_processor.take_stopped():
+            self.engine_core.stop_requests(stopped)
         if self.stat_logger is not None:
             counts = self.output_processor.num_prompt_tokens, self.output_processor.num_generation_tokens
             self.stat_logger.record(news.stats, *counts, now)

@@ -1,4 +1,4 @@
-"""What the core reports becomes what callers get: text, metrics, `RequestOutput`.
+"""What the core reports becomes what callers get: text, logprobs, metrics, `RequestOutput`.
 
 The processor is handed each request when it is queued and the core's news after every step. It promises that a
 finished or aborted request leaves nothing behind, that deltas add up to the cumulative text, and that the text
@@ -8,76 +8,15 @@ of a request does not depend on who shares the batch or on how it is delivered.
 from collections.abc import Iterable
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput
-from mini_vllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from mini_vllm.engine.logprobs import TokenTexts
+from mini_vllm.engine.parallel_sampling import ParentRequest
+from mini_vllm.outputs import RequestOutput
 from mini_vllm.request import Request
-from mini_vllm.sampling_params import RequestOutputKind
-from mini_vllm.text.detokenizer import IncrementalDetokenizer
 from mini_vllm.text.tokenizer import Tokenizer
 
 
-class _RequestState:
-    """One unfinished request on this side of the core."""
-
-    def __init__(self, request: Request, prompt_text: str | None, tokenizer: Tokenizer | None) -> None:
-        params = request.sampling_params
-        self.request_id = request.request_id
-        self.prompt_text = prompt_text
-        self.prompt_token_ids = list(request.prompt_token_ids)
-        self.output_kind = params.output_kind
-        self.token_ids: list[int] = []
-        self.metrics = RequestMetrics(arrival_time=request.arrival_time)
-        self.num_cached_tokens = 0
-        self.detokenizer = None
-        if tokenizer is not None and params.detokenize:
-            self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_token_ids, params.skip_special_tokens)
-
-    def update(self, news: EngineCoreOutput, now: float) -> RequestOutput | None:
-        """Take the news; None when the caller wants only the end and this is not it."""
-        self.token_ids += news.new_token_ids
-        self.num_cached_tokens = news.num_cached_tokens
-        self._note_times(news, now)
-        new_text = ""
-        if self.detokenizer is not None:
-            new_text = self.detokenizer.update(news.new_token_ids)
-            if news.finished:
-                new_text += self.detokenizer.flush()
-        if self.output_kind is RequestOutputKind.FINAL_ONLY and not news.finished:
-            return None
-        return self._output(news, new_text)
-
-    def _note_times(self, news: EngineCoreOutput, now: float) -> None:
-        metrics = self.metrics
-        metrics.num_preemptions = news.num_preemptions
-        if news.new_token_ids:
-            metrics.last_token_time = now
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
-        if news.finished:
-            metrics.finished_time = now
-
-    def _output(self, news: EngineCoreOutput, new_text: str) -> RequestOutput:
-        delta = self.output_kind is RequestOutputKind.DELTA
-        completion = CompletionOutput(
-            index=0,
-            text=new_text if delta else self.detokenizer.text if self.detokenizer is not None else "",
-            token_ids=list(news.new_token_ids if delta else self.token_ids),
-            finish_reason=news.finish_reason,
-            stop_reason=news.stop_reason,
-        )
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt_text,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion],
-            finished=news.finished,
-            metrics=self.metrics,
-            num_cached_tokens=self.num_cached_tokens,
-            error=news.error,
-        )
-
-
 class OutputProcessor:
-    """The states of all unfinished requests of one engine. tokenizer: None gives ids only.
+    """All unfinished requests of one engine, as their callers see them. tokenizer: None gives ids only.
 
     num_prompt_tokens, num_generation_tokens: since the start; a prompt counts when its first token comes out.
     """
@@ -86,60 +25,92 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
-        self._states: dict[str, _RequestState] = {}
+        self._texts = TokenTexts(tokenizer)
+        self._requests: dict[str, ParentRequest] = {}
+        self._by_core_id: dict[str, ParentRequest] = {}
+        self._stopped: list[str] = []
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._states
+        """Whether an unfinished request, or one of its sequences, has this id."""
+        return request_id in self._requests or request_id in self._by_core_id
 
     @property
     def num_unfinished_requests(self) -> int:
-        return len(self._states)
+        return len(self._requests)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._states)
+        return bool(self._requests)
 
     def unfinished_request_ids(self) -> list[str]:
         """Ids in the order in which they were added."""
-        return list(self._states)
+        return list(self._requests)
 
     def add_request(self, request: Request, prompt_text: str | None) -> None:
-        self._states[request.request_id] = _RequestState(request, prompt_text, self.tokenizer)
+        parent = ParentRequest(request, prompt_text, self.tokenizer, self._texts)
+        self._requests[request.request_id] = parent
+        for core_id in parent.sequences:
+            self._by_core_id[core_id] = parent
 
     def forget(self, request_id: str) -> None:
-        """The core refused the request."""
-        self._states.pop(request_id, None)
+        """The core refused the request, or it is done."""
+        parent = self._requests.pop(request_id, None)
+        for core_id in parent.sequences if parent is not None else ():
+            self._by_core_id.pop(core_id, None)
+
+    def core_ids(self, request_ids: Iterable[str]) -> list[str]:
+        """The ids under which the core runs what is left of these requests. Unknown ones are ignored."""
+        known = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        return [core_id for parent in known for core_id in parent.unfinished_ids()]
 
     def process(self, news: Iterable[EngineCoreOutput], now: float) -> list[RequestOutput]:
-        """Outputs for one step's news, in the same order. News of requests that are gone is dropped."""
-        outputs = []
+        """Outputs for one step's news, one a request. News of sequences that are gone is dropped."""
+        touched: dict[str, ParentRequest] = {}
         for item in news:
-            state = self._states.get(item.request_id)
-            if state is None:
+            core_id = item.request_id
+            parent = self._by_core_id.get(core_id)
+            if parent is None:
                 continue
-            self._count(state, item)
-            output = state.update(item, now)
-            if item.finished:
-                del self._states[item.request_id]
+            if item.new_token_ids:
+                self._count(parent, item)
+            sequence = parent.take(item, now)
+            if sequence.finish_reason is not None:
+                del self._by_core_id[core_id]
+                if sequence.stopped_by_text:
+                    self._stopped.append(core_id)
+            touched[parent.request_id] = parent
+        return self._outputs(touched.values())
+
+    def _outputs(self, touched: Iterable[ParentRequest]) -> list[RequestOutput]:
+        outputs = []
+        for parent in touched:
+            output = parent.output()
             if output is not None:
                 outputs.append(output)
+                if output.finished:
+                    self.forget(parent.request_id)
         return outputs
 
-    def _count(self, state: _RequestState, news: EngineCoreOutput) -> None:
+    def take_stopped(self) -> list[str]:
+        """Ids (the core's) of the sequences that a stop string has ended since this was last asked."""
+        stopped, self._stopped = self._stopped, []
+        return stopped
+
+    def _count(self, parent: ParentRequest, news: EngineCoreOutput) -> None:
         self.num_generation_tokens += len(news.new_token_ids)
-        if news.new_token_ids and not state.token_ids:
-            self.num_prompt_tokens += len(state.prompt_token_ids)
+        if parent.metrics.first_token_time is None:
+            self.num_prompt_tokens += len(parent.prompt_token_ids)
 
     def abort(self, request_ids: Iterable[str], now: float) -> list[RequestOutput]:
         """Forget requests; their last outputs say 'abort' and hold what was generated. Unknown ids are ignored."""
-        known = [request_id for request_id in dict.fromkeys(request_ids) if request_id in self._states]
-        ends = [self._abort_news(self._states[request_id]) for request_id in known]
+        known = [self._requests[rid] for rid in dict.fromkeys(request_ids) if rid in self._requests]
+        ends = [self._abort_news(parent, core_id) for parent in known for core_id in parent.unfinished_ids()]
         return self.process(ends, now)
 
     @staticmethod
-    def _abort_news(state: _RequestState) -> EngineCoreOutput:
+    def _abort_news(parent: ParentRequest, core_id: str) -> EngineCoreOutput:
         return EngineCoreOutput(
-            state.request_id,
+            core_id,
             finish_reason="abort",
-            num_cached_tokens=state.num_cached_tokens,
-            num_preemptions=state.metrics.num_preemptions,
+            num_cached_tokens=parent.num_cached_tokens,
+            num_preemptions=parent.sequences[core_id].num_preemptions,
         )

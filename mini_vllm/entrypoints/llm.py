@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mini_vllm.exceptions import InvalidParameterError
-from mini_vllm.outputs import RequestOutput
-from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
+from mini_vllm.outputs import BeamSearchOutput, RequestOutput
+from mini_vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from mini_vllm.engine.input_processor import PromptType, TokenizedPrompt
@@ -95,6 +95,18 @@ class LLM:
         # The template wrote the special tokens already: adding them again would give two BOS.
         tokenized = self.llm_engine.input_processor.tokenize(texts, add_special_tokens=False)
         return self._run(tokenized, sampling_params, use_tqdm, None)
+
+    def beam_search(
+        self, prompts: "PromptType | Sequence[PromptType]", params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, best first, in the order of the prompts.
+
+        They are those of transformers' `generate(num_beams=...)` with the same length penalty and
+        early_stopping=False. Beams share their prefix through the prefix cache (enable_prefix_caching).
+        """
+        from mini_vllm.engine.beam_search import beam_search
+
+        return beam_search(self.llm_engine, _as_prompt_list(prompts), params)
 
     def _run(
         self,

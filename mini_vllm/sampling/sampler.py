@@ -1,50 +1,85 @@
-"""One token for every row of a batch, without a Python loop over rows.
+"""One token for every draw of a batch, without a Python loop over rows.
 
-Greedy rows take the argmax. The others get one uniform number each (`sampling.philox`, a function of the request's
-seed and of how many tokens it has) and invert the cumulative distribution in order of token id. Every operation is
-row by row, so a row's token does not depend on its neighbours.
+The order is vLLM's, and is explained in `docs/sampling.md`: masks, biases, processors and penalties change the
+logits; greedy draws take the argmax and are done; the others are divided by their temperature, truncated
+(`sampling.truncation`), and get one uniform number each, with which the cumulative distribution is inverted in order of
+token id (`sampling.inversion`). Every operation is row by row, so a token does not depend on the neighbours.
 
-Only rows that ask for top-k or top-p are ranked, and not by a full sort: the best candidates suffice nearly always,
-and what is needed of the ranking is only where it is cut.
+Nothing passes over a vocabulary for rows that do not need it: greedy rows are reduced once, those that keep few tokens
+are looked at in the blocks where these are.
 """
+
+import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mini_vllm.sampling import philox
+from mini_vllm.sampling import inversion, truncation
 from mini_vllm.sampling.metadata import SamplingMetadata
+from mini_vllm.sampling.truncation import Limits
+
+Int64 = npt.NDArray[np.int64]
 
 NO_TOKEN = -1
-"""Returned for a row whose logits allow no token: all -inf, or NaN or +inf among them."""
+"""Returned for a draw whose logits allow no token: all -inf, or NaN or +inf among them."""
 
 _CHUNK_ELEMENTS = 1 << 19
 """Logits worked on at once, which bounds the memory it takes and keeps it in cache."""
-_BLOCK = 128
-"""Tokens that are reduced at once when a row is worked on in two levels."""
+_BLOCK = truncation.BLOCK
 _FEW_LOGITS = 1 << 14
 """Up to here finding the argmax directly takes less than the calls of two levels."""
-_BELOW_ONE = 1.0 - 2.0**-52
-"""Any float64 times this is smaller than it, after rounding too."""
-_LOWEST_SCORE = -80.0
-_NEGLIGIBLE = 1e-34
-"""Weights up to this (which is above exp of the lowest score) vanish in a float64 sum beside a weight of 1."""
-_CANDIDATES = 256
-"""How many of the best tokens top-p looks at before it looks at all."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """Logits and what is known of them. logits `[R, V]`, best `[R, 1]` and best_ids `[R]`: the highest of each row.
+
+    block_max: `[R, V // _BLOCK]` the highest of each whole block; None where it was not needed to find the best.
+    """
+
+    logits: torch.Tensor
+    best: torch.Tensor
+    best_ids: torch.Tensor
+    block_max: torch.Tensor | None
+
+    def part(self, numbers: Int64) -> "Rows":
+        """Some of them, for the moment: the logits are valid until the next call."""
+        first, last = int(numbers[0]), int(numbers[-1])
+        if last - first + 1 == len(numbers) and bool((np.diff(numbers) == 1).all()):
+            return self._pick(slice(first, last + 1), self.logits[first : last + 1])
+        index = _to(numbers, self.logits.device)
+        out = inversion.scratch("rows", (len(numbers), self.logits.shape[1]), self.logits.device)
+        return self._pick(index, torch.index_select(self.logits, 0, index, out=out))
+
+    def _pick(self, index: torch.Tensor | slice, logits: torch.Tensor) -> "Rows":
+        block_max = None if self.block_max is None else self.block_max[index]
+        return Rows(logits, self.best[index], self.best_ids[index], block_max)
 
 
 class Sampler:
     """Callable without state: the same logits and metadata give the same tokens."""
 
     def __call__(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
-        """Token ids `[R]` int64 (or `NO_TOKEN`) from logits `[R, V]` float32, which are left as they are."""
-        best_ids, best = _argmax(logits)
-        ids = best_ids if metadata.all_greedy else _draw(logits, best, best_ids, metadata)
+        """Token ids `[D]` int64 (or `NO_TOKEN`), one a draw, from logits `[R, V]` float32.
+
+        Without `metadata.edit` the logits are left as they are.
+        """
+        if metadata.edit is not None:
+            logits = metadata.edit(logits)
+        rows = find_best(logits)
+        ids, best = rows.best_ids, rows.best
+        if metadata.logits_row is not None:
+            source = _to(metadata.logits_row, logits.device)
+            ids, best = ids[source], best[source]
+        if not metadata.all_greedy:
+            ids = _draw_all(rows, ids, metadata)
         return ids.masked_fill((best - best).squeeze(1) != 0, NO_TOKEN)  # 0 only if finite; a row with NaN has NaN here
 
 
-def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(id of the first of the highest logits `[R]`, that logit `[R, 1]`); NaN counts as the highest.
+def find_best(logits: torch.Tensor) -> Rows:
+    """The first of the highest logits of each row; NaN counts as the highest.
 
     In two levels, because finding a maximum is many times faster than finding where it is.
     """
@@ -52,141 +87,130 @@ def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     whole = vocab - vocab % _BLOCK
     if whole <= _BLOCK or logits.numel() <= _FEW_LOGITS:
         ids = logits.argmax(dim=1)
-        return ids, logits.gather(1, ids.unsqueeze(1))
-    highest = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=2)
+        return Rows(logits, logits.gather(1, ids.unsqueeze(1)), ids, None)
+    block_max = highest = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=2)
     if whole < vocab:
         highest = torch.cat((highest, logits[:, whole:].amax(dim=1, keepdim=True)), dim=1)
     # The last block may be short; a window that reaches back into the one before finds nothing as high there.
     start = (highest.argmax(dim=1, keepdim=True) * _BLOCK).clamp_(max=vocab - _BLOCK)
     window = logits.gather(1, start + torch.arange(_BLOCK, device=logits.device))
     inside = window.argmax(dim=1, keepdim=True)
-    return (start + inside).squeeze(1), window.gather(1, inside)
+    return Rows(logits, window.gather(1, inside), (start + inside).squeeze(1), block_max)
 
 
-def _draw(logits: torch.Tensor, best: torch.Tensor, best_ids: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
-    """Replace `best_ids` in the rows that are not greedy."""
-    rows = np.flatnonzero(metadata.temperature)
-    uniforms = philox.uniform(metadata.seed[rows], metadata.draw_index[rows])
-    ids = best_ids.clone()
-    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk]
-        weights = _weights(logits, best, part, metadata)
-        drawn = _invert(weights, _to(uniforms[start : start + chunk], logits.device))
-        if len(part) == ids.shape[0]:
-            return drawn
-        ids[_to(part, logits.device)] = drawn
+def _draw_all(rows: Rows, ids: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+    """`ids` `[D]` with those of the draws that are not greedy replaced."""
+    numbers = np.flatnonzero(metadata.temperature)
+    device, vocab = rows.logits.device, rows.logits.shape[1]
+    uniforms = _to(metadata.uniforms(numbers), device)
+    if metadata.rescale is not None:
+        rows, metadata = _rescaled(rows, metadata)
+    source = numbers if metadata.logits_row is None else metadata.logits_row[numbers]
+    limits, is_cut = _limits(metadata, numbers, vocab, device)
+    drawn = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    for cut, draw in ((False, _draw_plainly), (True, _draw_truncated)):
+        which = np.flatnonzero(is_cut == cut)
+        if len(which):
+            index = _to(which, device)
+            drawn[index] = draw(rows, source[which], limits.rows(index), uniforms[index])
+    if metadata.rescale is not None:
+        drawn = drawn.masked_fill((rows.best - rows.best)[_to(source, device)].squeeze(1) != 0, NO_TOKEN)
+    if len(numbers) == len(ids):
+        return drawn
+    ids = ids.clone()
+    ids[_to(numbers, device)] = drawn
     return ids
 
 
-def _weights(
-    logits: torch.Tensor, best: torch.Tensor, rows: npt.NDArray[np.int64], metadata: SamplingMetadata
-) -> torch.Tensor:
-    """Unnormalised probabilities `[len(rows), V]`, the largest 1, zero where top-k or top-p cut.
-
-    float32, padded with zeros to `[len(rows), blocks * _BLOCK]`.
-    """
-    device, vocab = logits.device, logits.shape[1]
-    if len(rows) < logits.shape[0]:
-        index = _to(rows, device)
-        logits, best = logits[index], best[index]
-    temperature = _to(metadata.temperature[rows], device).unsqueeze(1)
-    padded = logits.new_empty(len(rows), -(-vocab // _BLOCK) * _BLOCK)
-    padded[:, vocab:] = 0.0
-    weights = padded[:, :vocab]
-    _exp_(torch.sub(logits, best, out=weights).div_(temperature))
-    top_k, top_p = metadata.top_k[rows], metadata.top_p[rows]
+def _limits(
+    metadata: SamplingMetadata, numbers: Int64, vocab: int, device: torch.device
+) -> tuple[Limits, npt.NDArray[np.bool_]]:
+    """(limits of these draws, which of them truncate at all)."""
+    top_k, top_p, min_p = metadata.top_k[numbers], metadata.top_p[numbers], metadata.min_p[numbers]
     top_k = np.where((top_k <= 0) | (top_k > vocab), vocab, top_k)
-    cut = np.flatnonzero((top_k < vocab) | (top_p < 1.0))
-    if len(cut) == len(rows):
-        _apply_top_k_top_p(weights, logits, temperature, top_k, top_p)
-    elif len(cut):
-        index = _to(cut, device)
-        part = weights[index]
-        _apply_top_k_top_p(part, logits[index], temperature[index], top_k[cut], top_p[cut])
-        weights[index] = part
-    return padded
+    columns = (metadata.temperature[numbers], top_k, top_p, min_p)
+    limits = Limits(*(_to(column, device).unsqueeze(1) for column in columns))
+    return limits, (top_k < vocab) | (top_p < 1.0) | (min_p > 0.0)
 
 
-def _exp_(scores: torch.Tensor) -> torch.Tensor:
-    """In place. What is too small to matter becomes 0: exp takes up to 60 times as long where it gets denormal."""
-    return torch.threshold_(scores.clamp_(min=_LOWEST_SCORE).exp_(), _NEGLIGIBLE, 0.0)
+def _rescaled(rows: Rows, metadata: SamplingMetadata) -> tuple[Rows, SamplingMetadata]:
+    """The rows after temperature and what comes after it; dividing by the temperature is done then."""
+    assert metadata.rescale is not None
+    divisor = np.ones(len(rows.logits), dtype=np.float32)
+    source = slice(None) if metadata.logits_row is None else metadata.logits_row
+    divisor[source] = np.where(metadata.temperature > 0, metadata.temperature, 1.0)  # draws of a row have the same
+    scaled = (rows.logits - rows.best) / _to(divisor, rows.logits.device).unsqueeze(1)
+    temperature = (metadata.temperature > 0).astype(np.float32)
+    return find_best(metadata.rescale(scaled)), dataclasses.replace(metadata, temperature=temperature)
 
 
-def _apply_top_k_top_p(
-    weights: torch.Tensor,
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: npt.NDArray[np.int64],
-    top_p: npt.NDArray[np.float64],
-) -> None:
-    """Zero the weights `[F, V]` of all tokens but those that top-k, then top-p leave. Ties go to the lowest ids.
-
-    Logits are ranked, not weights: those of two unequal logits can round to the same number.
-    """
-    vocab, device = logits.shape[1], logits.device
-    candidates = int(np.where(top_k < vocab, top_k, _CANDIDATES).max()) + 1
-    ks, ps = _to(top_k, device).unsqueeze(1), _to(top_p, device).unsqueeze(1)
-    total = weights.sum(dim=1, keepdim=True).double()
-    count, threshold, tied = _cut(logits, temperature, ks, ps, total, min(candidates, vocab))
-    weights.masked_fill_(logits < threshold, 0.0)
-    if bool(tied.any()):
-        at_cut = (logits == threshold) & tied
-        room = count - (logits > threshold).sum(dim=1, keepdim=True)
-        weights.masked_fill_(at_cut & (at_cut.cumsum(dim=1) > room), 0.0)
+def _draw_plainly(rows: Rows, source: Int64, limits: Limits, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws `[F]` from whole rows, the row numbers `source`."""
+    drawn = []
+    size = max(1, _CHUNK_ELEMENTS // rows.logits.shape[1])
+    for start in range(0, len(source), size):
+        here = slice(start, start + size)
+        part = rows.part(source[here])
+        weights = inversion.probabilities(part.logits, part.best, limits.temperature[here])
+        drawn.append(inversion.invert(weights, uniforms[here]))
+    return torch.cat(drawn)
 
 
-def _cut(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    total: torch.Tensor,
-    candidates: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How many tokens stay, the logit of the last of them, and whether the next has the same: `[F, 1]` each.
-
-    total: the weight of the whole vocabulary `[F, 1]` float64, by which top-p is measured where top-k is off.
-    Only the best `candidates` are ranked; rows whose answer lies beyond are looked at again with more.
-    """
-    vocab = logits.shape[1]
-    ranked = logits.topk(candidates, dim=1).values
-    within_k = torch.arange(candidates, device=logits.device) < top_k
-    mass = _exp_((ranked - ranked[:, :1]).div_(temperature)).mul_(within_k).double().cumsum(dim=1)
-    goal = top_p * torch.where(top_k < vocab, mass[:, -1:], total)
-    count = (mass < goal).sum(dim=1, keepdim=True) + 1
-    count = torch.where(top_p < 1.0, count, vocab).minimum(top_k)
-    threshold = ranked.gather(1, count.clamp(max=candidates) - 1)
-    tied = (ranked.gather(1, count.clamp(max=candidates - 1)) == threshold) & (count < candidates)
-    beyond = (count >= candidates).squeeze(1)
-    if candidates < vocab and bool(beyond.any()):
-        rest = (logits[beyond], temperature[beyond], top_k[beyond], top_p[beyond], total[beyond])
-        count[beyond], threshold[beyond], tied[beyond] = _cut(*rest, min(16 * candidates, vocab))
-    return count, threshold, tied
+def _draw_truncated(rows: Rows, source: Int64, limits: Limits, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws `[F]` from what the limits leave of the row numbers `source`: from a few candidates where these are enough,
+    from all tokens otherwise."""
+    vocab, device = rows.logits.shape[1], rows.logits.device
+    counts = truncation.num_candidates(limits.top_k.squeeze(1).cpu().numpy(), vocab)
+    count, looked_at = int(counts.max()), _to(counts, device).unsqueeze(1)
+    total = _totals(rows, source, limits)
+    drawn = torch.empty(len(source), dtype=torch.int64, device=device)
+    is_open = torch.empty(len(source), dtype=torch.bool, device=device)
+    size = max(1, _CHUNK_ELEMENTS // (count * _BLOCK))
+    for start in range(0, len(source), size):
+        here = slice(start, start + size)
+        values, ids = truncation.best_tokens(rows.logits, rows.block_max, _to(source[here], device), count)
+        cut = truncation.find_cut(values, values[:, :1], limits.rows(here), vocab, total[here], None, looked_at[here])
+        drawn[here] = truncation.draw_from(values, ids, cut, uniforms[here])
+        is_open[here] = cut.is_open.squeeze(1)
+    if bool(is_open.any()):
+        index = is_open.nonzero().squeeze(1)
+        drawn[index] = _draw_wide(rows, source[index.cpu().numpy()], limits.rows(index), uniforms[index])
+    return drawn
 
 
-def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The first token whose cumulative weight exceeds its row's uniform share of the total, `[rows]` int64.
-
-    In two levels, blocks and then one block's tokens, because a running sum over a whole vocabulary is slow.
-    Running sums are float64: in float32 the tail of a large vocabulary would vanish.
-    """
-    blocks = weights.unflatten(1, (-1, _BLOCK))
-    ends = torch.zeros(blocks.shape[0], blocks.shape[1] + 1, dtype=torch.float64, device=weights.device)
-    torch.cumsum(blocks.sum(dim=2).double(), dim=1, out=ends[:, 1:])
-    target = (uniforms * ends[:, -1]).unsqueeze(1)
-    block = _first_above(ends[:, 1:], target)
-    chosen = blocks[torch.arange(blocks.shape[0], device=weights.device), block.squeeze(1)]
-    inside = _first_above(chosen.double().cumsum(dim=1), target - ends.gather(1, block))
-    return (block * _BLOCK + inside).squeeze(1)
+def _totals(rows: Rows, source: Int64, limits: Limits) -> torch.Tensor:
+    """`[F, 1]` float64: the weight of the whole vocabulary (the highest is 1) for draws that only top-p limits."""
+    vocab = rows.logits.shape[1]
+    total = torch.ones_like(limits.top_p)
+    needed = ((limits.top_k >= vocab) & (limits.min_p == 0)).squeeze(1)
+    for index in _chunks(needed, max(1, _CHUNK_ELEMENTS // vocab)):
+        part = rows.part(source[index.cpu().numpy()])
+        weights = inversion.probabilities(part.logits, part.best, limits.temperature[index])
+        total[index] = 1.0 / weights.gather(1, part.best_ids.unsqueeze(1)).double()
+    return total
 
 
-def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`[rows, 1]`: the first index whose value exceeds the target, never one that added nothing.
+def _draw_wide(rows: Rows, source: Int64, limits: Limits, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws from rows that keep more tokens than are looked at first."""
+    vocab, device = rows.logits.shape[1], rows.logits.device
+    drawn = torch.empty(len(source), dtype=torch.int64, device=device)
+    by_min_p = ((limits.top_k >= vocab) & (limits.top_p >= 1.0)).squeeze(1)
+    size = max(1, _CHUNK_ELEMENTS // vocab)
+    for index in _chunks(by_min_p, size):
+        part = rows.part(source[index.cpu().numpy()])
+        drawn[index] = truncation.draw_by_min_p(part.logits, part.best, limits.rows(index), uniforms[index])
+    for index in _chunks(~by_min_p, size):
+        part = rows.part(source[index.cpu().numpy()])
+        drawn[index] = truncation.draw_by_sorting(
+            part.logits, part.best, limits.rows(index), part.block_max, uniforms[index]
+        )
+    return drawn
 
-    Rounding may leave the target at or above the total; then it is where the total was reached.
-    """
-    return (cumulative <= torch.minimum(target, cumulative[:, -1:] * _BELOW_ONE)).sum(dim=1, keepdim=True)
+
+def _chunks(chosen: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """The numbers where `chosen` `[F]` is set, some at a time."""
+    numbers = chosen.nonzero().squeeze(1)
+    return numbers.split(size) if len(numbers) else ()
 
 
 def _to(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:

@@ -25,10 +25,15 @@ class IncrementalDetokenizer:
     """The text of one request's output so far, in `text`.
 
     prompt_token_ids: gives the first output token its context, as a decoder that drops a leading space needs.
+    spaces_between_special_tokens: False leaves out what a decoder puts between two added tokens in a row.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> None:
         self._backend = tokenizer.backend
         self._skip = skip_special_tokens
@@ -38,6 +43,11 @@ class IncrementalDetokenizer:
         self._prefix = ""  # text of the ids before those; kept only once the stream is left
         self._stream: DecodeStream | None = DecodeStream(ids=self._window, skip_special_tokens=skip_special_tokens)
         self._pieces: list[str] = []
+        self._unspaced: dict[int, str] = {}
+        self._last_unspaced = False
+        if not (skip_special_tokens or spaces_between_special_tokens):
+            added = tokenizer.backend.get_added_tokens_decoder()
+            self._unspaced = {token_id: token.content for token_id, token in added.items()}
 
     @property
     def text(self) -> str:
@@ -48,7 +58,8 @@ class IncrementalDetokenizer:
 
     def update(self, token_ids: Sequence[int]) -> str:
         """Take new ids; return the text that became certain (possibly none)."""
-        new = self._push(token_ids[0]) if len(token_ids) == 1 else "".join(map(self._push, token_ids))
+        push = self._push_unspaced if self._unspaced else self._push
+        new = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
         if new:
             self._pieces.append(new)
         return new
@@ -93,6 +104,14 @@ class IncrementalDetokenizer:
             return ""
         del self._window[: -self._held]
         self._held = 0
+        return piece
+
+    def _push_unspaced(self, token_id: int) -> str:
+        """As `_push`, but an added token right after another is its own text alone."""
+        piece, content = self._push(token_id), self._unspaced.get(token_id)
+        if content is not None and self._last_unspaced and piece:
+            piece = content
+        self._last_unspaced = content is not None
         return piece
 
     def _push_by_window(self) -> str:

@@ -13,7 +13,8 @@ import torch
 
 from mini_vllm.core.scheduler_output import BlockIds, CachedRequestData, NewRequestData
 from mini_vllm.platforms import Platform
-from mini_vllm.sampling.metadata import SamplingMetadata, seed_key
+from mini_vllm.sampling.draws import uniforms_of
+from mini_vllm.sampling.metadata import Edit, SamplingMetadata, Uniforms, seed_key
 from mini_vllm.worker.buffers import HostBuffer
 
 Rows = slice | npt.NDArray[np.int64]
@@ -79,10 +80,11 @@ class InputBatch:
         self.temperature = np.zeros(max_num_seqs, dtype=np.float32)
         self.top_k = np.zeros(max_num_seqs, dtype=np.int64)
         self.top_p = np.ones(max_num_seqs, dtype=np.float64)
+        self.min_p = np.zeros(max_num_seqs, dtype=np.float64)
         self.seed = np.zeros(max_num_seqs, dtype=np.uint64)
         self._columns: tuple[npt.NDArray[Any], ...] = (
             self.num_tokens, self.num_prompt_tokens, self.num_computed_tokens,
-            self.temperature, self.top_k, self.top_p, self.seed,
+            self.temperature, self.top_k, self.top_p, self.min_p, self.seed,
         )  # fmt: skip
         self.block_tables = [BlockTable(max_num_seqs, max_model_len, size, platform) for size in block_sizes]
         self.req_ids: list[str] = []
@@ -117,7 +119,7 @@ class InputBatch:
         params = new.sampling_params
         values = (
             length, new.num_prompt_tokens, new.num_computed_tokens,
-            0.0 if params.is_greedy else params.temperature, params.top_k, params.top_p, seed_key(seed),
+            0.0 if params.is_greedy else params.temperature, params.top_k, params.top_p, params.min_p, seed_key(seed),
         )  # fmt: skip
         for column, value in zip(self._columns, values, strict=True):
             column[row] = value
@@ -185,14 +187,30 @@ class InputBatch:
             self._looked_up = list(req_ids), rows
         return self._looked_up[1]
 
-    def make_sampling_metadata(self, rows: Rows) -> SamplingMetadata:
-        """What the sampler needs of `rows`; a draw index is the number of output tokens so far."""
+    def num_output_tokens(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Output tokens so far, which is also the number of a row's next draw."""
+        count: npt.NDArray[np.int64] = self.num_tokens[rows] - self.num_prompt_tokens[rows]
+        return count
+
+    def make_sampling_metadata(
+        self,
+        rows: Rows,
+        uniforms: Uniforms | None = None,
+        *,
+        logits_row: npt.NDArray[np.int64] | None = None,
+        edit: Edit | None = None,
+        rescale: Edit | None = None,
+    ) -> SamplingMetadata:
+        """What the sampler needs of `rows`, of which one is there for each draw. See `SamplingMetadata`."""
         temperature = self.temperature[rows]
         return SamplingMetadata(
             temperature=temperature,
             top_k=self.top_k[rows],
             top_p=self.top_p[rows],
-            seed=self.seed[rows],
-            draw_index=self.num_tokens[rows] - self.num_prompt_tokens[rows],
+            min_p=self.min_p[rows],
+            uniforms=uniforms or uniforms_of(self.seed[rows], self.num_output_tokens(rows)),
             all_greedy=self.num_random == 0 or not temperature.any(),
+            logits_row=logits_row,
+            edit=edit,
+            rescale=rescale,
         )

@@ -7,12 +7,11 @@ what becomes of them.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -20,7 +19,7 @@ from mini_vllm.attention.backend import AttentionBackend, MetadataBuilder
 from mini_vllm.attention.context import ForwardContext, set_forward_context
 from mini_vllm.config import EngineConfig
 from mini_vllm.core.interfaces import KVCacheConfig, KVCacheGroup, KVCacheSpec
-from mini_vllm.core.scheduler_output import BlockCopy, ModelRunnerOutput, SchedulerOutput
+from mini_vllm.core.scheduler_output import BlockCopy, ModelRunnerOutput, PromptLogprobs, SchedulerOutput
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.layers.attention import Attention, get_attention_layers
 from mini_vllm.logger import init_logger
@@ -28,22 +27,24 @@ from mini_vllm.models.finishing import release_weights
 from mini_vllm.models.loader import load_model
 from mini_vllm.models.utils import weight_bytes
 from mini_vllm.platforms import select_platform
-from mini_vllm.sampling.sampler import NO_TOKEN, Sampler
+from mini_vllm.sampling.logits_processor import load_logits_processors
+from mini_vllm.sampling.sampler import Sampler
 from mini_vllm.worker.input_batch import InputBatch
 from mini_vllm.worker.kv_cache import activation_bytes, allocate_kv_caches, gib
 from mini_vllm.worker.prepare_inputs import InputPreparer, StepInputs
+from mini_vllm.worker.sampling_stage import SamplingStage
 
 logger = init_logger(__name__)
-
-NO_TOKEN_MESSAGE = "the model's logits allow no token: they are all -inf, or NaN or +inf is among them"
 
 
 @dataclass(slots=True)
 class PendingStep:
-    """A step between its two halves. logits: `[rows that sample, vocab]` float32."""
+    """A step between its two halves. logits: `[rows that sample, vocab]` float32. forks: as in the plan."""
 
     inputs: StepInputs
     logits: torch.Tensor
+    forks: Mapping[str, Sequence[str]]
+    prompt_logprobs: dict[str, PromptLogprobs]
 
 
 class ModelRunner:
@@ -59,12 +60,10 @@ class ModelRunner:
         self.layers: dict[str, Attention] = {}
         self.kv_caches: dict[str, torch.Tensor] = {}
         self.batch: InputBatch
+        self.sampling: SamplingStage
         self._preparer: InputPreparer
         self._groups: list[tuple[KVCacheGroup, type[AttentionBackend], MetadataBuilder]] = []
         self._pending: PendingStep | None = None
-        self._entropy = np.random.default_rng(config.model.seed % 2**64)
-        self._drawn_seeds: dict[str, int] = {}
-        """Seeds of requests that brought none, kept while they live: a preemption must not change their tokens."""
 
     # -- start-up --------------------------------------------------------------------------------------------
 
@@ -121,6 +120,13 @@ class ModelRunner:
         block_sizes = [group.spec.block_size for group in kv_cache_config.groups]
         self.batch = InputBatch(scheduler.max_num_seqs, max_model_len, block_sizes, self.platform)
         self._preparer = InputPreparer(self.batch, scheduler.max_num_batched_tokens, self.platform)
+        self.sampling = self._sampling_stage()
+
+    def _sampling_stage(self) -> SamplingStage:
+        model = self.config.model
+        processors = load_logits_processors(model.logits_processors, self.config, self.device, self.platform.pin_memory)
+        entropy = np.random.default_rng(model.seed % 2**64)
+        return SamplingStage(self.batch, model.hf_config.vocab_size, processors, entropy)
 
     def release(self) -> None:
         """Give back weights and KV cache, however long somebody keeps this object; it cannot be used afterwards."""
@@ -139,42 +145,27 @@ class ModelRunner:
             return ModelRunnerOutput()
         inputs = self._preparer.prepare(plan)
         hidden = self._forward(inputs)
+        prompt_logprobs = self.sampling.prompt_logprobs(inputs, hidden, self._logits)
         if not inputs.num_samples:
             self.platform.synchronize()  # nobody else waits, and the next step writes the input buffers
-            return ModelRunnerOutput(inputs.req_ids, [[] for _ in inputs.req_ids])
+            nothing: list[list[int]] = [[] for _ in inputs.req_ids]
+            return ModelRunnerOutput(inputs.req_ids, nothing, prompt_logprobs=prompt_logprobs)
         if inputs.logits_indices is not None:
             hidden = hidden.index_select(0, inputs.logits_indices)
-        self._pending = PendingStep(inputs, self._logits(hidden))
+        self._pending = PendingStep(inputs, self._logits(hidden), plan.forks, prompt_logprobs)
         return None
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any = None) -> ModelRunnerOutput:
-        """One token for every row of the open step that samples; a row without an allowed token is an error."""
+        """One token for every row of the open step that samples (and for every child that parts from one in it); a row
+        without an allowed token is an error of its own."""
         if self._pending is None:
             raise RuntimeError("sample_tokens() without an execute_model() that returned None before it")
         if grammar_output is not None:
             raise ConfigError("grammar_output: this runner has no structured output")
         step, self._pending = self._pending, None
-        rows = step.inputs.sampling_rows
-        token_ids = self.sampler(step.logits, self.batch.make_sampling_metadata(rows)).cpu().numpy()
-        failed = token_ids == NO_TOKEN
-        if failed.any():
-            return self._finish_some(step.inputs, token_ids, failed)
-        self.batch.append_sampled(rows, token_ids)
-        return ModelRunnerOutput(step.inputs.req_ids, _ragged(step.inputs, token_ids))
-
-    def _finish_some(
-        self, inputs: StepInputs, token_ids: npt.NDArray[np.int64], failed: npt.NDArray[np.bool_]
-    ) -> ModelRunnerOutput:
-        """Some rows have no token: an error for each of them, and their tokens for the others."""
-        rows = inputs.sampling_rows
-        numbers = np.arange(rows.stop) if isinstance(rows, slice) else rows
-        self.batch.append_sampled(numbers[~failed], token_ids[~failed])
-        output = ModelRunnerOutput(inputs.req_ids, _ragged(inputs, token_ids))
-        for index, sampled in enumerate(output.sampled_token_ids):
-            if sampled == [NO_TOKEN]:
-                output.sampled_token_ids[index] = []
-                output.errors[inputs.req_ids[index]] = NO_TOKEN_MESSAGE
+        output = self.sampling.sample(step.inputs, step.logits, self.sampler, step.forks)
+        output.prompt_logprobs = step.prompt_logprobs
         return output
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -198,27 +189,18 @@ class ModelRunner:
 
     def _follow(self, plan: SchedulerOutput) -> None:
         for req_id in plan.finished_req_ids:
-            self._drawn_seeds.pop(req_id, None)
+            self.sampling.forget_seed(req_id)
         self._drop(plan.finished_req_ids)
         self._drop(plan.preempted_req_ids)
         for new in plan.new_reqs:
-            self.batch.add_row(new, self._seed_of(new.req_id, new.sampling_params.seed))
+            self.sampling.add(new)
         self.batch.update(plan.cached_reqs)
         if plan.block_copies:
             self._copy_blocks(plan.block_copies)
 
     def _drop(self, req_ids: Iterable[str]) -> None:
-        """Forget rows. A plan may repeat what an earlier one said, so a row may be gone already."""
         for req_id in req_ids:
-            if req_id in self.batch:
-                self.batch.remove_row(req_id)
-
-    def _seed_of(self, req_id: str, seed: int | None) -> int:
-        if seed is not None:
-            return seed
-        if req_id not in self._drawn_seeds:
-            self._drawn_seeds[req_id] = int(self._entropy.integers(2**64, dtype=np.uint64))
-        return self._drawn_seeds[req_id]
+            self.sampling.remove(req_id)
 
     def _copy_blocks(self, copies: list[BlockCopy]) -> None:
         """Every layer of a group at once; as if one copy were made after the other, though all read first."""
@@ -230,12 +212,3 @@ class ModelRunner:
             if origin:
                 for name in group.layer_names:
                     backend.copy_blocks(self.kv_caches[name], list(origin.values()), list(origin))
-
-
-def _ragged(inputs: StepInputs, token_ids: npt.NDArray[np.int64]) -> list[list[int]]:
-    """One list a request of the step: its token, or nothing if it did not sample."""
-    sampled = [[token_id] for token_id in token_ids.tolist()]
-    if len(sampled) == len(inputs.req_ids):
-        return sampled
-    answers = iter(sampled)
-    return [next(answers) if count else [] for count in inputs.num_logits.tolist()]

@@ -33,23 +33,31 @@ def make_request(
     max_model_len: int | None = None,
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = True,
+    n: int = 1,
+    **params: Any,
 ) -> Request:
     """A request whose prompt is given, or `prompt` tokens that no other request id shares."""
     if isinstance(prompt, int):
         prompt = [_letter(request_id, i) for i in range(prompt)]
-    params = SamplingParams(
-        temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=tuple(stop_token_ids)
+    sampling_params = SamplingParams(
+        n=n,
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        stop_token_ids=tuple(stop_token_ids),
+        **params,
     )
     return Request(
         request_id,
         prompt,
-        params,
+        sampling_params,
         eos_token_id=EOS,
         arrival_time=arrival_time,
         priority=priority,
         cache_salt=cache_salt,
         lora_request=lora,
         max_model_len=max_model_len,
+        child_ids=[f"{index}_{request_id}" for index in range(1, n)],
     )
 
 
@@ -83,6 +91,10 @@ def fake_result(
         if Scheduler.needs_sample(request):
             result.req_ids.append(req_id)
             result.sampled_token_ids.append([token(request)])
+    for parent_id, children in plan.forks.items():
+        for index, child_id in enumerate(children, start=1):
+            result.req_ids.append(child_id)
+            result.sampled_token_ids.append([(token(scheduler.requests[parent_id]) + index) % 256])
     return result
 
 
@@ -148,7 +160,8 @@ class PagedMemory:
 
     def append(self, result: ModelRunnerOutput) -> None:
         for req_id, token_ids in zip(result.req_ids, result.sampled_token_ids, strict=True):
-            self.token_ids[req_id].extend(token_ids)
+            if req_id in self.token_ids:  # a child that was drawn just now has no row yet
+                self.token_ids[req_id].extend(token_ids)
 
     def _update_rows(self, plan: SchedulerOutput) -> dict[str, int]:
         for req_id in (*plan.finished_req_ids, *plan.preempted_req_ids):
@@ -226,6 +239,9 @@ class PagedExecutor:
                 assert newest is not None
                 result.req_ids.append(req_id)
                 result.sampled_token_ids.append([newest[0]])
+                for index, child_id in enumerate(plan.forks.get(req_id, ()), start=1):
+                    result.req_ids.append(child_id)
+                    result.sampled_token_ids.append([(newest[0] + index) % 256])
         self.memory.append(result)
         return result
 
@@ -255,11 +271,12 @@ def run_engine(engine: EngineCore, *, max_steps: int = 2000) -> int:
     raise AssertionError("the engine makes no progress")
 
 
-def expected_outputs(request: Request, num_tokens: int) -> list[int]:
+def expected_outputs(request: Request, num_tokens: int, sample_index: int = 0) -> list[int]:
     """The tokens `PagedExecutor` gives to a request whose cache is right."""
     token_ids = list(request.prompt_token_ids)
-    for _ in range(num_tokens):
-        token_ids.append(prefix_digests(token_ids)[-1][0])
+    for position in range(num_tokens):
+        shift = sample_index if position == 0 else 0
+        token_ids.append((prefix_digests(token_ids)[-1][0] + shift) % 256)
     return token_ids[len(request.prompt_token_ids) :]
 
 

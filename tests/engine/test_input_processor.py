@@ -146,12 +146,71 @@ def test_an_impossible_generation_config_is_a_checkpoint_error() -> None:
         default_sampling_params({"top_p": 7})
 
 
-def test_what_the_generation_config_asks_in_vain_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(
-        "mini_vllm.engine.input_processor.logger.warning", lambda *args: said.append(args[0] % args[1:])
+def test_what_models_recommend_beyond_temperature_is_taken_up() -> None:
+    params = default_sampling_params({"repetition_penalty": 1.1, "min_p": 0.05})
+    assert (params.repetition_penalty, params.min_p) == (1.1, 0.05)
+
+
+# -- what takes the model to decide ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"n": 16385}, "n: must be at most 16384, got 16385"),
+        ({"logprobs": 21}, "logprobs: asks for 21 logprobs at each position, the engine allows at most 20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs: asks for 21 "),
+        ({"logprobs": -1}, r"logprobs: asks for 400 logprobs \(the whole vocabulary\) .* at most 20 \(max_logprobs"),
+        ({"logprob_token_ids": [400]}, "logprob_token_ids: token id 400 is out of range: .* ids 0 to 399"),
+        ({"logprob_token_ids": list(range(21))}, "logprob_token_ids: asks for 21"),
+        ({"allowed_token_ids": [5, 401]}, "allowed_token_ids: token id 401 is out of range"),
+        ({"logit_bias": {400: 1.0}}, "logit_bias: token id 400 is out of range"),
+        ({"stop_token_ids": [400]}, "stop_token_ids: token id 400 is out of range"),
+    ],
+)
+def test_parameters_beyond_the_model_are_refused_by_field_and_limit(
+    processor: InputProcessor, kwargs: Any, says: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=f"^{says}") as caught:
+        processor.resolve_params(SamplingParams(**kwargs))
+    assert caught.value.field == next(iter(kwargs))
+
+
+def test_limits_themselves_are_allowed(processor: InputProcessor) -> None:
+    processor.resolve_params(
+        SamplingParams(logprobs=20, prompt_logprobs=20, allowed_token_ids=[0, 399], logit_bias={399: -1.0})
     )
-    default_sampling_params({"repetition_penalty": 1.0, "min_p": 0.0})
-    assert not said
-    default_sampling_params({"repetition_penalty": 1.1})
-    assert "repetition_penalty=1.1, which is not supported yet" in said[0]
+
+
+def test_all_logprobs_are_allowed_when_the_engine_says_so(processor: InputProcessor) -> None:
+    everything = InputProcessor(
+        processor.tokenizer, max_model_len=32, vocab_size=VOCAB_SIZE, max_logprobs=-1, clock=lambda: 0.0
+    )
+    everything.resolve_params(SamplingParams(logprobs=-1, prompt_logprobs=VOCAB_SIZE))
+    with pytest.raises(InvalidParameterError, match=f"at most {VOCAB_SIZE}"):
+        everything.resolve_params(SamplingParams(logprobs=VOCAB_SIZE + 1))
+
+
+def test_bad_words_become_the_ids_of_both_spellings() -> None:
+    from mini_vllm.engine.arg_utils import DEFAULT_MODEL
+
+    tokenizer = Tokenizer.from_folder(DEFAULT_MODEL)
+    processor = InputProcessor(tokenizer, max_model_len=32, vocab_size=2048, clock=lambda: 0.0)
+    sequences = processor.checker.bad_words_token_ids(SamplingParams(bad_words=["import", " self.x"]))
+    texts = [tokenizer.decode(ids) for ids in sequences]
+    assert texts == ["import", " import", "self.x", " self.x"] and all(sequences)
+    request = processor.make_request("r", processor.tokenize(["x"])[0], SamplingParams(bad_words=["import"]))
+    assert request.bad_words_token_ids == sequences[:2]
+
+
+def test_a_spelling_that_contains_another_is_not_listed_twice(processor: InputProcessor) -> None:
+    """With a tokenizer that writes the space as a token of its own, the word alone is enough."""
+    sequences = processor.checker.bad_words_token_ids(SamplingParams(bad_words=["hello", "hello"]))
+    for index, ids in enumerate(sequences):
+        assert not any(ids[-len(other) :] == other for other in sequences[:index])
+
+
+def test_a_request_for_n_samples_names_its_children(processor: InputProcessor) -> None:
+    prompt = processor.tokenize([[5]])[0]
+    assert processor.make_request("r", prompt, SamplingParams(n=3)).unborn_ids == ("1_r", "2_r")
+    assert processor.make_request("r", prompt, SamplingParams()).unborn_ids == ()

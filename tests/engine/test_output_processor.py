@@ -110,7 +110,7 @@ def test_nothing_of_a_request_outlives_its_end(tokenizer: Tokenizer) -> None:
     states = []
     for request_id, ends in (("finished", True), ("aborted", False)):
         processor.add_request(Request(request_id, [1], SamplingParams()), None)
-        states.append(weakref.ref(processor._states[request_id].detokenizer))
+        states.append(weakref.ref(processor._requests[request_id].sequences[request_id]))
         if ends:
             processor.process([EngineCoreOutput(request_id, [10], finish_reason="stop")], 0.0)
         else:

@@ -95,7 +95,7 @@ def test_flags_become_engine_args() -> None:
         "long_prefill_token_threshold": 16, "scheduling_policy": "priority", "device": "cpu", "num_threads": 2,
         "attention_backend": "X", "load_format": "dummy", "generation_config": "vllm", "disable_log_stats": True,
         "tensor_parallel_size": 1, "trust_remote_code": False, "revision": "R", "tokenizer_revision": "S",
-        "download_dir": "D", "use_tqdm_on_load": False,
+        "download_dir": "D", "use_tqdm_on_load": False, "max_logprobs": 20, "logits_processors": (),
     }  # fmt: skip
     assert vars(args) == expected
 

@@ -26,7 +26,7 @@ from mini_vllm.engine.core import EngineCore
 from mini_vllm.request import Request
 from mini_vllm.sampling import philox
 from mini_vllm.worker import model_runner
-from mini_vllm.worker.model_runner import NO_TOKEN_MESSAGE
+from mini_vllm.worker.sampling_stage import NO_TOKEN_MESSAGE
 from tests.checkpoints import make_checkpoint
 from tests.integration.rig import VOCAB_SIZE, Job, Rig, greedy, mixed_jobs, run, tokens
 

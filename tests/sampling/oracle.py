@@ -19,19 +19,23 @@ class Expected:
 
 
 def sample_row(logits: np.ndarray, params: SamplingParams, seed: int, draw_index: int) -> Expected:
-    """Temperature, top-k, top-p, then the first token (by id) whose cumulative probability exceeds the uniform."""
+    """Temperature, min-p, top-k, top-p; then the first token (by id) whose cumulative probability exceeds the
+    uniform."""
     if params.is_greedy:
         best = int(np.argmax(logits))
         return Expected(best, 1.0, {best})
     scaled = (logits - logits.max()) / np.float32(params.temperature)
     weights = np.exp(scaled.astype(np.float64))
     ranked = np.lexsort((np.arange(len(logits)), -logits))
+    margin = 1.0
+    if params.min_p > 0:
+        margin = float(np.abs(weights[weights < 1] - params.min_p).min(initial=1.0))
+        ranked = ranked[weights[ranked] >= params.min_p]
     if 0 < params.top_k < len(logits):
         ranked = ranked[: params.top_k]
-    margin = 1.0
     if params.top_p < 1.0:
         sums = np.cumsum(weights[ranked]) / weights[ranked].sum()
-        margin = float(np.abs(sums - params.top_p).min())
+        margin = min(margin, float(np.abs(sums - params.top_p).min()))
         ranked = ranked[: int((sums < params.top_p).sum()) + 1]
     kept = np.zeros_like(weights)
     kept[ranked] = weights[ranked]

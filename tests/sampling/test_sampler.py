@@ -1,7 +1,7 @@
 """The batched sampler: against a slow oracle, against the teaching sampler, and against its own promises."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mini_vllm.sampling import draws, inversion, toy_sampler, truncation
 from mini_vllm.sampling import sampler as sampler_module
-from mini_vllm.sampling import toy_sampler
 from mini_vllm.sampling.metadata import SamplingMetadata
 from mini_vllm.sampling.sampler import NO_TOKEN, Sampler
 from mini_vllm.sampling_params import SamplingParams
@@ -31,7 +31,10 @@ def sample(logits: np.ndarray, params: Sequence[SamplingParams], draws: Sequence
 @contextmanager
 def small_limits() -> Iterator[None]:
     """Few candidates, small blocks and chunks, so that small vocabularies take every path."""
-    with mock.patch.multiple(sampler_module, _CANDIDATES=3, _BLOCK=8, _CHUNK_ELEMENTS=100, _FEW_LOGITS=0):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(sampler_module, _BLOCK=8, _CHUNK_ELEMENTS=100, _FEW_LOGITS=0))
+        stack.enter_context(mock.patch.multiple(truncation, BLOCK=8, CANDIDATES=3, _SPARE=1, _MOST_CANDIDATES=9))
+        stack.enter_context(mock.patch.object(inversion, "BLOCK", 8))
         yield
 
 
@@ -57,6 +60,7 @@ def batches(draw: st.DrawFn) -> tuple[np.ndarray, list[SamplingParams], list[int
         temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
         top_k=st.sampled_from([-1, 0, 1, 2, 5, max(1, vocab - 1), vocab, vocab + 3]),
         top_p=st.sampled_from([1.0, 0.97, 0.5, 0.13, 1e-6]),
+        min_p=st.sampled_from([0.0, 0.0, 1e-3, 0.1, 0.7, 1.0]),
         seed=st.integers(-(2**63), 2**63 - 1),
     )
     indices = st.integers(0, 2**40)
@@ -127,9 +131,9 @@ def test_the_two_level_argmax_is_the_argmax(seed: int, vocab: int, special: bool
     expected = tensor.argmax(dim=1)
     for block in (8, sampler_module._BLOCK):
         with mock.patch.multiple(sampler_module, _BLOCK=block, _FEW_LOGITS=0):
-            ids, values = sampler_module._argmax(tensor)
-        assert torch.equal(ids, expected)
-        torch.testing.assert_close(values, tensor.gather(1, expected[:, None]), equal_nan=True, rtol=0, atol=0)
+            found = sampler_module.find_best(tensor)
+        assert torch.equal(found.best_ids, expected)
+        torch.testing.assert_close(found.best, tensor.gather(1, expected[:, None]), equal_nan=True, rtol=0, atol=0)
 
 
 def test_greedy_rows_equal_the_teaching_sampler() -> None:
@@ -139,7 +143,7 @@ def test_greedy_rows_equal_the_teaching_sampler() -> None:
 
 
 def test_greedy_rows_draw_no_random_number() -> None:
-    with mock.patch.object(sampler_module.philox, "uniform", side_effect=AssertionError("drew")):
+    with mock.patch.object(draws.philox, "uniform", side_effect=AssertionError("drew")):
         sample(random_logits(1, 4, 10, "plain"), [SamplingParams(temperature=0.0)] * 4)
         with pytest.raises(AssertionError, match="drew"):
             sample(random_logits(1, 4, 10, "plain"), [SamplingParams(temperature=1.0)] * 4)
@@ -191,7 +195,7 @@ def test_a_wide_nucleus_is_found_beyond_the_first_candidates() -> None:
     for draw in range(20):
         expected = sample_row(row, params, 3, draw)
         assert sample(row[None], [params], [draw]) == [expected.token_id]
-        assert len(expected.support) > sampler_module._CANDIDATES
+        assert len(expected.support) > truncation.CANDIDATES
 
 
 def test_masked_tokens_are_never_drawn() -> None:
@@ -205,7 +209,7 @@ def test_masked_tokens_are_never_drawn() -> None:
 def test_the_ends_of_the_uniform_range_give_the_first_and_the_last_possible_token(extreme: float) -> None:
     logits = random_logits(6, 5, 700, "plain")
     logits[:, :3] = logits[:, 690:] = -np.inf
-    with mock.patch.object(sampler_module.philox, "uniform", return_value=np.full(5, extreme)):
+    with mock.patch.object(draws.philox, "uniform", return_value=np.full(5, extreme)):
         got = sample(logits, [SamplingParams()] * 5)
     assert got == [3 if extreme == 0.0 else 689] * 5
 

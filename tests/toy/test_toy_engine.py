@@ -375,3 +375,11 @@ def test_the_scheduler_can_be_wrapped_by_a_probe() -> None:
     engine.scheduler.schedule = probe  # type: ignore[method-assign]
     engine.generate(["hello world", "goodbye"], greedy(4))
     assert [list(step.values()) for step in seen] == [[8], [3, 5], [1, 2], [1, 1], [1, 1], [1]]
+
+
+@pytest.mark.parametrize("kwargs", [{"n": 2}, {"stop": "x"}, {"logprobs": 1}, {"min_p": 0.1}, {"bad_words": ["x"]}])
+def test_parameters_that_only_the_real_engine_has_are_refused(kwargs: dict[str, Any]) -> None:
+    engine = ToyEngine()
+    with pytest.raises(InvalidParameterError, match=f"^{next(iter(kwargs))}: the toy engine does not have this"):
+        engine.add_request("x", SamplingParams(**kwargs))
+    assert not engine.has_unfinished_requests()

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mini_vllm.core.scheduler_output import CachedRequestData, NewRequestData
 from mini_vllm.platforms import CpuPlatform
 from mini_vllm.sampling.metadata import seed_key
+from mini_vllm.sampling.philox import uniform
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.worker.input_batch import InputBatch, RowMove
 
@@ -29,6 +30,11 @@ def new_request(req_id: str, token_ids: list[int], **overrides: object) -> NewRe
         "num_computed_tokens": 0,
     }
     return NewRequestData(req_id=req_id, token_ids=token_ids, **(fields | overrides))  # type: ignore[arg-type]
+
+
+def draw(seed: int, index: int) -> float:
+    """Draw number `index` of a seed."""
+    return float(uniform(np.array([seed_key(seed)], dtype=np.uint64), np.array([index]))[0])
 
 
 @dataclass
@@ -61,7 +67,9 @@ class InputBatchMachine(RuleBasedStateMachine):
     )
     def add(self, tokens: list[int], temperature: float, seed: int, computed: int) -> None:
         self.counter += 1
-        params = SamplingParams(temperature=temperature, top_k=self.counter, top_p=1 / self.counter)
+        params = SamplingParams(
+            temperature=temperature, top_k=self.counter, top_p=1 / self.counter, min_p=0.5 / self.counter
+        )
         blocks = ([self.counter], [self.counter, self.counter + 1])
         row = ModelRow(tokens, len(tokens), params, seed, blocks, computed)
         req_id = f"r{self.counter}"
@@ -134,11 +142,15 @@ class InputBatchMachine(RuleBasedStateMachine):
     def metadata_says_what_the_model_says(self) -> None:
         rows = [self.model[req_id] for req_id in self.batch.req_ids]
         metadata = self.batch.make_sampling_metadata(slice(0, len(rows)))
-        assert metadata.seed.tolist() == [seed_key(row.seed) for row in rows]
-        assert metadata.draw_index.tolist() == [len(row.tokens) - row.prompt for row in rows]
+        assert self.batch.seed[: len(rows)].tolist() == [seed_key(row.seed) for row in rows]
+        outputs = [len(row.tokens) - row.prompt for row in rows]
+        assert self.batch.num_output_tokens(slice(0, len(rows))).tolist() == outputs
+        random = np.arange(len(rows))
+        assert metadata.uniforms(random).tolist() == [draw(row.seed, n) for row, n in zip(rows, outputs, strict=True)]
         assert metadata.temperature.tolist() == [np.float32(row.params.temperature) for row in rows]
         assert metadata.top_k.tolist() == [row.params.top_k for row in rows]
         assert metadata.top_p.tolist() == [row.params.top_p for row in rows]
+        assert metadata.min_p.tolist() == [row.params.min_p for row in rows]
         assert metadata.all_greedy == all(row.params.is_greedy for row in rows)
 
 
@@ -158,7 +170,7 @@ def test_a_resumed_request_brings_all_its_tokens_and_keeps_counting_draws() -> N
     batch = make_batch()
     params = SamplingParams(temperature=1.0)
     batch.add_row(new_request("a", [1, 2, 3, 8, 9], num_prompt_tokens=3, sampling_params=params), seed=4)
-    assert batch.make_sampling_metadata(slice(0, 1)).draw_index.tolist() == [2]
+    assert batch.make_sampling_metadata(slice(0, 1)).uniforms(np.array([0])).tolist() == [draw(4, 2)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from mini_vllm.exceptions import ConfigError
 from mini_vllm.platforms import Platform
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.worker.buffers import HostBuffer
-from mini_vllm.worker.model_runner import NO_TOKEN_MESSAGE, ModelRunner
+from mini_vllm.worker.model_runner import ModelRunner
+from mini_vllm.worker.sampling_stage import NO_TOKEN_MESSAGE
 from tests.checkpoints import make_checkpoint
 from tests.worker.harness import GREEDY, NUM_BLOCKS, Hand, make_runner
 

@@ -1,7 +1,7 @@
-"""Command-line flags that several commands share: those of the engine and those of sampling.
+"""Command-line flags of the engine, which several commands share.
 
-The engine's flags are made from the fields of `EngineArgs`, with their help and sections, so that the two cannot
-drift apart. Flags not given are left out of the namespace, so that defaults live in one place.
+They are made from the fields of `EngineArgs`, with their help and sections, so that the two cannot drift apart. Flags
+not given are left out of the namespace, so that defaults live in one place.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from typing import Any
 
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.exceptions import ConfigError
-from mini_vllm.sampling_params import SamplingParams
 
 _SECTIONS = {
     "model": "model",
@@ -20,12 +19,6 @@ _SECTIONS = {
     "scheduler": "scheduler",
     "device": "device",
     "logging": "logging",
-}
-_SAMPLING_HELP: dict[str, tuple[Callable[[str], Any], str]] = {
-    "max_tokens": (int, "Tokens to generate at most."),
-    "temperature": (float, "0 always takes the likeliest token; 1 samples from the model as it is."),
-    "top_p": (float, "Sample from the likeliest tokens that together have this probability."),
-    "top_k": (int, "Sample from this many likeliest tokens; 0 from all."),
 }
 
 
@@ -86,31 +79,6 @@ def engine_args_from(namespace: argparse.Namespace) -> EngineArgs:
     """The `EngineArgs` that were asked for."""
     names = {field.name for field in dataclasses.fields(EngineArgs)}
     return EngineArgs.from_kwargs(**{name: value for name, value in vars(namespace).items() if name in names})
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Flags of `SamplingParams`. Those not given come from the model's generation_config.json."""
-    group = parser.add_argument_group("sampling")
-    for name, (kind, text) in _SAMPLING_HELP.items():
-        shown = f" Default: {defaults[name]}." if name in defaults else ""
-        group.add_argument(
-            "--" + name.replace("_", "-"), dest=name, type=kind, metavar="N" if kind is int else "X",
-            default=defaults.get(name, argparse.SUPPRESS), help=text + shown,
-        )  # fmt: skip
-    group.add_argument(
-        "--sampling-seed", type=int, metavar="N", default=defaults.get("sampling_seed"),
-        help="The same seed gives the same text, whatever else runs."
-        + (f" Default: {defaults['sampling_seed']}." if "sampling_seed" in defaults else ""),
-    )  # fmt: skip
-    group.add_argument("--ignore-eos", action="store_true", help="Go on after the end-of-sequence token.")
-
-
-def sampling_params_from(namespace: argparse.Namespace, base: SamplingParams, **changes: Any) -> SamplingParams:
-    """`base` with what was asked for on the command line."""
-    given = {name: getattr(namespace, name) for name in _SAMPLING_HELP if hasattr(namespace, name)}
-    if namespace.sampling_seed is not None:
-        given["seed"] = namespace.sampling_seed
-    return dataclasses.replace(base, ignore_eos=namespace.ignore_eos, **given, **changes)
 
 
 def read_text_file(path: str, what: str) -> str:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from mini_vllm.entrypoints.cli.arguments import (
     HelpFormatter,
     add_engine_arguments,
-    add_sampling_arguments,
     engine_args_from,
-    sampling_params_from,
 )
+from mini_vllm.entrypoints.cli.sampling_arguments import add_sampling_arguments, sampling_params_from
 from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
         "--prompt", action="append", metavar="TEXT", help="A prompt of yours in place of the demo's; may be repeated."
     )
     parser.add_argument("--plain", action="store_true", help="Print lines even on a terminal.")
-    add_sampling_arguments(parser, max_tokens=64, temperature=0.6, top_p=0.95, sampling_seed=0)
+    add_sampling_arguments(parser, just_text=True, max_tokens=64, temperature=0.6, top_p=0.95, sampling_seed=0)
     add_engine_arguments(parser, max_num_seqs=16)
     parser.set_defaults(run=run)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mini_vllm.entrypoints.cli.arguments import (
     HelpFormatter,
     add_engine_arguments,
-    add_sampling_arguments,
     engine_args_from,
     read_text_file,
+)
+from mini_vllm.entrypoints.cli.sampling_arguments import (
+    LOGPROB_FLAGS,
+    add_sampling_arguments,
     sampling_params_from,
+    spelt,
 )
 from mini_vllm.exceptions import ConfigError, InvalidParameterError
 from mini_vllm.sampling_params import RequestOutputKind
@@ -20,12 +25,14 @@ from mini_vllm.sampling_params import RequestOutputKind
 if TYPE_CHECKING:
     from mini_vllm.engine.input_processor import TokenizedPrompt
     from mini_vllm.engine.llm_engine import LLMEngine
-    from mini_vllm.outputs import RequestOutput
+    from mini_vllm.outputs import CompletionOutput, LogprobsAtPosition, RequestOutput
 
 _EXAMPLES = """\
 examples:
   mini-vllm generate --prompt 'def fib(n):' --max-tokens 64
   mini-vllm generate --model DIR --prompt 'One' --prompt 'Two' --temperature 0
+  mini-vllm generate --prompt 'class Queue:' --n 3 --sampling-seed 0 --min-p 0.1 --stop 'class '
+  mini-vllm generate --prompt 'import os' --temperature 0 --logprobs 5 --json
   mini-vllm generate --model DIR --chat --system 'Be brief.' --prompt 'What is paging?'
   mini-vllm generate --prompt-file a.txt --prompt-file b.txt --json > completions.jsonl
   cat notes.txt | mini-vllm generate --model DIR --max-model-len 16k
@@ -57,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         help="Print text as it is made. Default: when standard output is a terminal.",
     )  # fmt: skip
     group.add_argument(
-        "--json", action="store_true", help="Print one JSON object a line for each prompt, when all are done."
+        "--json", action="store_true", help="Print one JSON object a line for each completion, when all are done."
     )
     add_sampling_arguments(parser, max_tokens=128)
     add_engine_arguments(parser)
@@ -67,6 +74,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.json and args.stream:
         raise ConfigError("stream: cannot be combined with --json, which prints whole completions")
+    for name in LOGPROB_FLAGS:
+        if hasattr(args, name) and not args.json:
+            raise ConfigError(f"{name}: {spelt(name)} needs --json, since plain text has no place for numbers")
     if (args.system is not None or args.chat_template is not None) and not args.chat:
         raise ConfigError("system, chat_template: need --chat")
     texts = list(_prompt_texts(args))
@@ -140,24 +150,27 @@ def _generate(engine: "LLMEngine", prompts: "list[TokenizedPrompt]", args: argpa
 
 
 def _print_outputs(texts: list[str], outputs: "list[RequestOutput]", *, as_json: bool) -> None:
-    for text, output in zip(texts, outputs, strict=True):
-        if as_json:
-            print(json.dumps(_as_dict(text, output), ensure_ascii=False))
-        else:
-            _print_heading(int(output.request_id), len(outputs), text)
-            print(output.outputs[0].text)
+    for index, (text, output) in enumerate(zip(texts, outputs, strict=True)):
+        for completion in output.outputs:
+            if as_json:
+                print(json.dumps(_as_dict(text, output, completion), ensure_ascii=False))
+            else:
+                _print_heading(text, (index, len(outputs)), (completion.index, len(output.outputs)))
+                print(completion.text)
 
 
-def _print_heading(index: int, total: int, text: str) -> None:
-    """With several prompts, which one the text that follows belongs to."""
-    if total > 1:
-        print(f"{'' if index == 0 else chr(10)}--- {index + 1} of {total}: {text!r}", flush=True)
+def _print_heading(text: str, prompt: tuple[int, int], sample: tuple[int, int]) -> None:
+    """Which of several prompts, and of several samples, the text that follows belongs to: (index, how many)."""
+    parts = [f"{prompt[0] + 1} of {prompt[1]}"] if prompt[1] > 1 else []
+    parts += [f"sample {sample[0] + 1} of {sample[1]}"] if sample[1] > 1 else []
+    if parts:
+        print(f"{'' if prompt[0] == sample[0] == 0 else chr(10)}--- {', '.join(parts)}: {text!r}", flush=True)
 
 
-def _as_dict(text: str, output: "RequestOutput") -> dict[str, Any]:
-    completion = output.outputs[0]
-    return {
+def _as_dict(text: str, output: "RequestOutput", completion: "CompletionOutput") -> dict[str, Any]:
+    fields = {
         "prompt": text,
+        "index": completion.index,
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
@@ -169,31 +182,54 @@ def _as_dict(text: str, output: "RequestOutput") -> dict[str, Any]:
             "cached_tokens": output.num_cached_tokens,
         },
     }
+    if completion.logprobs is not None:
+        fields["cumulative_logprob"] = completion.cumulative_logprob
+        fields["logprobs"] = [_as_list(position) for position in completion.logprobs]
+    if output.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = [position and _as_list(position) for position in output.prompt_logprobs]
+    return fields
+
+
+def _as_list(position: "LogprobsAtPosition") -> list[dict[str, Any]]:
+    """A position's own token first. What cannot be sampled at all has no number in JSON: null."""
+    return [
+        {
+            "token_id": token_id,
+            "token": entry.decoded_token,
+            "logprob": entry.logprob if math.isfinite(entry.logprob) else None,
+            "rank": entry.rank,
+        }
+        for token_id, entry in position.items()
+    ]
 
 
 def _stream(
     engine: "LLMEngine", texts: list[str], prompts: "list[TokenizedPrompt]", args: argparse.Namespace
 ) -> "list[RequestOutput]":
-    """Print the first unfinished prompt's text as it is made; the others run meanwhile and follow at once."""
+    """Print the first unfinished text as it is made; the others run meanwhile and follow at once."""
     _add_all(engine, prompts, args, RequestOutputKind.DELTA)
-    waiting = ["" for _ in prompts]
+    n = getattr(args, "n", 1)
+    waiting = ["" for _ in range(len(prompts) * n)]
+    done = [False for _ in waiting]
     last: dict[int, RequestOutput] = {}
     shown = -1
     while len(last) < len(prompts):
         for output in engine.step():
             index = int(output.request_id)
-            waiting[index] += output.outputs[0].text
+            for completion in output.outputs:
+                waiting[index * n + completion.index] += completion.text
+                done[index * n + completion.index] |= completion.finished()
             if output.finished:
                 last[index] = output
-        while shown < len(prompts) and (shown < 0 or _print_new(waiting, shown, shown in last)):
+        while shown < len(waiting) and (shown < 0 or _print_new(waiting, shown, done[shown])):
             shown += 1
-            if shown < len(prompts):
-                _print_heading(shown, len(prompts), texts[shown])
+            if shown < len(waiting):
+                _print_heading(texts[shown // n], (shown // n, len(prompts)), (shown % n, n))
     return [last[index] for index in range(len(prompts))]
 
 
 def _print_new(waiting: list[str], index: int, done: bool) -> bool:
-    """Print what has gathered for one prompt; True when it is finished."""
+    """Print what has gathered of one text; True when it is finished."""
     sys.stdout.write(waiting[index] + ("\n" if done else ""))
     sys.stdout.flush()
     waiting[index] = ""
@@ -201,7 +237,7 @@ def _print_new(waiting: list[str], index: int, done: bool) -> bool:
 
 
 def _report_failures(outputs: "list[RequestOutput]") -> int:
-    failed = [output for output in outputs if output.outputs[0].finish_reason == "error"]
+    failed = [output for output in outputs if output.error is not None]
     for output in failed:
         print(f"mini-vllm: error: prompt {int(output.request_id) + 1}: {output.error}", file=sys.stderr)
     return 1 if failed else 0
