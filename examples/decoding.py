@@ -38,8 +38,9 @@ def main() -> None:
         print("    " + "  ".join(f"{e.decoded_token!r} {e.logprob:.2f} (#{e.rank})" for e in position.values()))
     print(f"    cumulative logprob {completion.cumulative_logprob:.4f}")
 
-    complete("until a stop string, wherever tokens begin", temperature=0.0, stop=["__ = __", "(self"])
-    complete("and with it", temperature=0.0, stop=["__ = __", "(self"], include_stop_str_in_output=True)
+    stop = greedy.text.strip()[3:7]  # from the middle of a word to the middle of another
+    complete(f"until the stop string {stop!r}, wherever tokens begin", temperature=0.0, stop=[stop])
+    complete("and with it", temperature=0.0, stop=[stop], include_stop_str_in_output=True)
 
     first = greedy.token_ids[0]
     complete(f"token {first}, the greedy first, made less likely", temperature=0.0, logit_bias={first: -20.0})

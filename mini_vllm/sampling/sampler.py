@@ -75,7 +75,7 @@ class Sampler:
             ids, best = ids[source], best[source]
         if not metadata.all_greedy:
             ids = _draw_all(rows, ids, metadata)
-        return ids.masked_fill((best - best).squeeze(1) != 0, NO_TOKEN)  # 0 only if finite; a row with NaN has NaN here
+        return torch.where(best.squeeze(1).isfinite(), ids, NO_TOKEN)  # a row with NaN has NaN here
 
 
 def find_best(logits: torch.Tensor) -> Rows:

@@ -165,8 +165,7 @@ class InputBatch:
 
     def append_sampled(self, rows: Rows, token_ids: npt.NDArray[np.int64]) -> None:
         """One sampled token for each of `rows`."""
-        index = self._row_numbers[rows] if isinstance(rows, slice) else rows
-        self.token_ids[index, self.num_tokens[rows]] = token_ids
+        self.token_ids[self.row_numbers(rows), self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
 
     def update(self, cached: CachedRequestData) -> None:
@@ -177,6 +176,10 @@ class InputBatch:
             self.append_tokens(self.row_of[req_id], token_ids)
         if cached.req_ids:
             self.num_computed_tokens[self.rows_of(cached.req_ids)] = cached.num_computed_tokens
+
+    def row_numbers(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """The same rows as numbers; those of a slice are not to be written to."""
+        return self._row_numbers[rows] if isinstance(rows, slice) else rows
 
     # -- looking in ----------------------------------------------------------------------------------------
 

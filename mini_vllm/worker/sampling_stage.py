@@ -126,7 +126,7 @@ class SamplingStage:
     def _draws(self, inputs: StepInputs, forks: Mapping[str, Sequence[str]]) -> Draws:
         rows = inputs.sampling_rows
         if isinstance(rows, slice):
-            draws = Draws(np.arange(rows.stop), self.batch.req_ids[rows])
+            draws = Draws(self.batch.row_numbers(rows), self.batch.req_ids[rows])
         else:
             draws = Draws(rows, [self.batch.req_ids[row] for row in rows.tolist()])
         if forks:
@@ -181,13 +181,13 @@ class SamplingStage:
 
     def _append(self, rows: Rows, token_ids: Int64) -> None:
         self.batch.append_sampled(rows, token_ids)
-        self.state.append(np.arange(rows.stop) if isinstance(rows, slice) else rows, token_ids)
+        self.state.append(self.batch.row_numbers(rows), token_ids)
 
     def _errors(self, draws: Draws, token_ids: Int64) -> dict[str, str]:
+        if not self._refused and token_ids.min() != NO_TOKEN:
+            return {}
         failed = token_ids == NO_TOKEN
         errors = {req_id: message for req_id, message in self._refused.items() if req_id in draws.req_ids}
-        if not (errors or failed.any()):
-            return errors
         for number, req_id in enumerate(draws.req_ids):
             at = number if draws.logits_row is None else int(draws.logits_row[number])
             parent = draws.req_ids[at]
