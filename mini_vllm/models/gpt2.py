@@ -9,21 +9,19 @@ from torch import nn
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.layers.activation import get_act
 from mini_vllm.layers.attention import Attention
-from mini_vllm.layers.embedding import LearnedPositionEmbedding, ParallelLMHead, VocabParallelEmbedding
+from mini_vllm.layers.embedding import LearnedPositionEmbedding, VocabParallelEmbedding
 from mini_vllm.layers.linear import ColumnParallelLinear, LoadedWeight, QKVParallelLinear, RowParallelLinear
-from mini_vllm.layers.logits import LogitsProcessor
 from mini_vllm.layers.norm import LayerNorm
+from mini_vllm.models.causal_lm import CausalLM
 from mini_vllm.models.utils import (
-    PackedModulesMapping,
+    IntermediateTensors,
     expected_tensors,
     join_prefix,
     load_weights,
     make_layers,
-    refuse_options,
 )
 from mini_vllm.quantization.base import QuantizationConfig
 
-IntermediateTensors = dict[str, torch.Tensor]
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Causal masks that old checkpoints carry along."""
 
@@ -139,10 +137,9 @@ class GPT2Model(nn.Module):
         return hidden
 
 
-class GPT2LMHeadModel(nn.Module):
+class GPT2LMHeadModel(CausalLM):
     """A GPT-2 with its language-model head. Positions end where the table does: see `LearnedPositionEmbedding`."""
 
-    packed_modules_mapping: ClassVar[PackedModulesMapping] = {}
     unsupported_options: ClassVar[tuple[str, ...]] = ("add_cross_attention",)
 
     def __init__(
@@ -153,40 +150,17 @@ class GPT2LMHeadModel(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        super().__init__()
-        refuse_options(hf_config.raw, hf_config.model_type, self.unsupported_options)
-        self.config = hf_config
+        super().__init__(hf_config)
         self.transformer = GPT2Model(
             hf_config, dtype=dtype, quant_config=quant_config, prefix=join_prefix(prefix, "transformer")
         )
-        self.lm_head = ParallelLMHead(
-            hf_config.vocab_size, hf_config.hidden_size,
-            dtype=dtype, quant_config=quant_config, prefix=join_prefix(prefix, "lm_head"),
-        )  # fmt: skip
-        if hf_config.tie_word_embeddings:
-            self.lm_head.tie_weights(self.transformer.wte)
-        self.logits_processor = LogitsProcessor()
+        self.add_head(hf_config.hidden_size, dtype=dtype, quant_config=quant_config, prefix=prefix)
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[N] -> [N, hidden], without the positions."""
-        embeds: torch.Tensor = self.transformer.wte(input_ids)
-        return embeds
+    def body(self) -> GPT2Model:
+        return self.transformer
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Flat batch input_ids [N] (or inputs_embeds [N, hidden]), positions [N] -> hidden [N, hidden]."""
-        hidden: torch.Tensor = self.transformer(input_ids, positions, intermediate_tensors, inputs_embeds)
-        return hidden
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, hidden] -> float32 logits [R, vocab_size]."""
-        logits: torch.Tensor = self.logits_processor(self.lm_head, hidden)
-        return logits
+    def embedding(self) -> VocabParallelEmbedding:
+        return self.transformer.wte
 
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """Fill every parameter exactly once, under names with or without `transformer.` in front.

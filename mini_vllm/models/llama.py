@@ -9,16 +9,15 @@ from torch import nn
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.layers.activation import get_act_and_mul
 from mini_vllm.layers.attention import Attention
-from mini_vllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from mini_vllm.layers.embedding import VocabParallelEmbedding
 from mini_vllm.layers.linear import LoadedWeight, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from mini_vllm.layers.logits import LogitsProcessor
 from mini_vllm.layers.norm import LayerNorm, RMSNorm
 from mini_vllm.layers.rotary import RotaryEmbedding, apply_rotary
-from mini_vllm.models.utils import PackedModulesMapping, join_prefix, load_weights, make_layers, refuse_options
+from mini_vllm.models.causal_lm import CausalLM
+from mini_vllm.models.utils import IntermediateTensors, PackedModulesMapping, join_prefix, load_weights, make_layers
 from mini_vllm.quantization.base import QuantizationConfig
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
-IntermediateTensors = dict[str, torch.Tensor]
 
 
 class LlamaMLP(nn.Module):
@@ -175,7 +174,7 @@ class LlamaModel(nn.Module):
         return hidden
 
 
-class LlamaForCausalLM(nn.Module):
+class LlamaForCausalLM(CausalLM):
     """A Llama with its language-model head. See `LlamaModel`; every family of this shape derives from here."""
 
     packed_modules_mapping: ClassVar[PackedModulesMapping] = {
@@ -194,40 +193,11 @@ class LlamaForCausalLM(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        super().__init__()
-        refuse_options(hf_config.raw, hf_config.model_type, self.unsupported_options)
-        self.config = hf_config
+        super().__init__(hf_config)
         self.model = self.model_class(
             hf_config, self.layer_class, dtype=dtype, quant_config=quant_config, prefix=join_prefix(prefix, "model")
         )
-        self.lm_head = ParallelLMHead(
-            hf_config.vocab_size, hf_config.hidden_size,
-            dtype=dtype, quant_config=quant_config, prefix=join_prefix(prefix, "lm_head"),
-        )  # fmt: skip
-        if hf_config.tie_word_embeddings:
-            self.lm_head.tie_weights(self.model.embed_tokens)
-        self.logits_processor = LogitsProcessor()
-
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[N] -> [N, hidden]."""
-        embeds: torch.Tensor = self.model.embed_tokens(input_ids)
-        return embeds
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Flat batch input_ids [N] (or inputs_embeds [N, hidden]), positions [N] -> hidden [N, hidden]."""
-        hidden: torch.Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-        return hidden
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, hidden] -> float32 logits [R, vocab_size]."""
-        logits: torch.Tensor = self.logits_processor(self.lm_head, hidden)
-        return logits
+        self.add_head(hf_config.hidden_size, dtype=dtype, quant_config=quant_config, prefix=prefix)
 
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """Fill every parameter exactly once. Raises `CheckpointError` naming the tensors that do not fit."""

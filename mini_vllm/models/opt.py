@@ -4,7 +4,7 @@ The 350m model puts its norms behind the residual sums and has embeddings narrow
 """
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,14 +13,20 @@ from mini_vllm.exceptions import UnsupportedModelError
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.layers.activation import get_act
 from mini_vllm.layers.attention import Attention
-from mini_vllm.layers.embedding import LearnedPositionEmbedding, ParallelLMHead, VocabParallelEmbedding
+from mini_vllm.layers.embedding import LearnedPositionEmbedding, VocabParallelEmbedding
 from mini_vllm.layers.linear import ColumnParallelLinear, LoadedWeight, QKVParallelLinear, RowParallelLinear
-from mini_vllm.layers.logits import LogitsProcessor
 from mini_vllm.layers.norm import LayerNorm
-from mini_vllm.models.utils import PackedModulesMapping, expected_tensors, join_prefix, load_weights, make_layers
+from mini_vllm.models.causal_lm import CausalLM
+from mini_vllm.models.utils import (
+    IntermediateTensors,
+    PackedModulesMapping,
+    expected_tensors,
+    join_prefix,
+    load_weights,
+    make_layers,
+)
 from mini_vllm.quantization.base import QuantizationConfig
 
-IntermediateTensors = dict[str, torch.Tensor]
 LAYER_NORM_EPS = 1e-5
 POSITION_OFFSET = 2
 """The table begins with two rows that no position uses."""
@@ -146,7 +152,7 @@ def embedding_width(config: HFConfig) -> int:
     return config.integer("word_embed_proj_dim", config.hidden_size)
 
 
-class OPTForCausalLM(nn.Module):
+class OPTForCausalLM(CausalLM):
     """An OPT with its language-model head. Positions end where the table does: see `LearnedPositionEmbedding`."""
 
     packed_modules_mapping: ClassVar[PackedModulesMapping] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -159,42 +165,17 @@ class OPTForCausalLM(nn.Module):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        super().__init__()
+        super().__init__(hf_config)
         if not hf_config.boolean("layer_norm_elementwise_affine"):
             raise UnsupportedModelError("config.json: layer_norm_elementwise_affine=False is not supported for 'opt'")
-        self.config = hf_config
         decoder = OPTDecoder(
             hf_config, dtype=dtype, quant_config=quant_config, prefix=join_prefix(prefix, "model.decoder")
         )
         self.model = nn.ModuleDict({"decoder": decoder})
-        self.lm_head = ParallelLMHead(
-            hf_config.vocab_size, embedding_width(hf_config),
-            dtype=dtype, quant_config=quant_config, prefix=join_prefix(prefix, "lm_head"),
-        )  # fmt: skip
-        if hf_config.tie_word_embeddings:
-            self.lm_head.tie_weights(decoder.embed_tokens)
-        self.logits_processor = LogitsProcessor()
+        self.add_head(embedding_width(hf_config), dtype=dtype, quant_config=quant_config, prefix=prefix)
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[N] -> [N, word_embed_proj_dim]."""
-        embeds: torch.Tensor = self.model["decoder"].embed_tokens(input_ids)  # type: ignore[operator]
-        return embeds
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Flat batch input_ids [N] (or inputs_embeds), positions [N] -> [N, word_embed_proj_dim]."""
-        hidden: torch.Tensor = self.model["decoder"](input_ids, positions, intermediate_tensors, inputs_embeds)
-        return hidden
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, word_embed_proj_dim] -> float32 logits [R, vocab_size]."""
-        logits: torch.Tensor = self.logits_processor(self.lm_head, hidden)
-        return logits
+    def body(self) -> Any:
+        return self.model["decoder"]
 
     def load_weights(self, weights: Iterable[tuple[str, LoadedWeight]]) -> None:
         """Fill every parameter exactly once, under names with or without `model.` in front (opt-350m has none).

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from mini_vllm.exceptions import CheckpointError, UnsupportedModelError
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.layers.linear import LoadedWeight
 
+IntermediateTensors = dict[str, torch.Tensor]
+"""What one pipeline stage hands to the next: hidden states and residual."""
 PackedModulesMapping = Mapping[str, Sequence[str]]
 """Fused module name -> names of the checkpoint modules it holds, in shard order."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
