@@ -87,7 +87,7 @@ def measure_ceilings(dtype: str, working_set_bytes: int) -> Ceilings:
     import torch
 
     threads = torch.get_num_threads()
-    cache_bytes = last_level_cache_bytes() if current_platform.device_type == "cpu" else 0
+    cache_bytes = last_level_cache_bytes() if current_platform.tensors_in_host_memory else 0
     meter = CpuMeter().start()
     memory = read_rate(dram_buffer_bytes(cache_bytes, current_platform.available_memory_bytes()), threads)
     resident = None

@@ -20,6 +20,7 @@ class CpuPlatform(Platform):
     """This machine's processor. `root` is '/' except in tests, which bring their own /proc and /sys."""
 
     device_type = "cpu"
+    tensors_in_host_memory = True
     default_kv_cache_limit_bytes = 4 << 30  # memory is shared with everything else that runs here
 
     def __init__(self, root: str | Path = "/") -> None:

@@ -20,11 +20,13 @@ class Platform(ABC):
 
     device_type: torch's name for it.
     pin_memory: whether host buffers must be page-locked so that copies to the device need not be waited for.
+    tensors_in_host_memory: whether numpy can work on the device's tensors in place.
     default_kv_cache_limit_bytes: how much the KV cache takes at most when nobody said how much; None is no limit.
     """
 
     device_type: str
     pin_memory: bool = False
+    tensors_in_host_memory: bool = False
     default_kv_cache_limit_bytes: int | None = None
 
     @property

@@ -7,14 +7,13 @@ Log-probabilities are also those of transformers' model of the same checkpoint.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mini_vllm.config import ModelConfig
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.core.scheduler_output import NewRequestData, SchedulerOutput
 from mini_vllm.engine.arg_utils import EngineArgs
@@ -22,7 +21,6 @@ from mini_vllm.engine.llm_engine import LLMEngine
 from mini_vllm.outputs import LogprobsAtPosition, RequestOutput
 from mini_vllm.request import Request
 from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
-from mini_vllm.worker import model_runner
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_llm_engine import assert_clean
 from tests.integration.rig import kv_tensors, poison_unwritten_slots
@@ -69,27 +67,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("decoding"), "llama", seed=11)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _load_once() -> Iterator[None]:
-    """Weights are read once, not once per engine."""
-    loaded: dict[str, torch.nn.Module] = {}
-    load = model_runner.load_model
-
-    def load_once(config: ModelConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        if config.model not in loaded:
-            loaded[config.model] = load(config, *args, **kwargs)
-        return loaded[config.model]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "load_model", load_once)
-        yield
-
-
 MakeEngine = Callable[..., LLMEngine]
 
 
 @pytest.fixture(scope="module")
-def make(folder: Path) -> MakeEngine:
+def make(folder: Path, load_once: None) -> MakeEngine:
     def make_engine(**kwargs: Any) -> LLMEngine:
         options = {"dtype": "float32", "num_threads": 1, "num_gpu_blocks_override": 200, "block_size": 4}
         options |= {"max_logprobs": -1, "disable_log_stats": True}

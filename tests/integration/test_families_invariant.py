@@ -6,15 +6,12 @@ without prefix cache. One more control here shows that the families' own layers 
 """
 
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from mini_vllm.config import ModelConfig
 from mini_vllm.layers.attention import Attention
-from mini_vllm.worker import model_runner
 from tests.families import BY_NAME, FAMILIES
 from tests.integration.rig import Job, Rig, greedy, run, sampled, tokens
 
@@ -43,25 +40,8 @@ MAX_MODEL_LEN = 96
 Served = tuple[Rig, list[list[int]]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _load_once() -> Iterator[None]:
-    """Weights are read once per family, not once per engine."""
-    loaded: dict[tuple[str, int | None], torch.nn.Module] = {}
-    load = model_runner.load_model
-
-    def load_once(config: ModelConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        key = config.model, config.max_model_len
-        if key not in loaded:
-            loaded[key] = load(config, *args, **kwargs)
-        return loaded[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "load_model", load_once)
-        yield
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, _load_once: None) -> Callable[[str], Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, load_once: None) -> Callable[[str], Served]:
     """A family's rig, and what each job gets alone."""
     made: dict[str, Served] = {}
 

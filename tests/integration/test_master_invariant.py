@@ -7,7 +7,7 @@ broken on purpose, and the same comparison must fail.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini_vllm.attention.torch_ref import TorchRefBackend
-from mini_vllm.config import ModelConfig
 from mini_vllm.core import block_pool
 from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.engine.core import EngineCore
 from mini_vllm.request import Request
 from mini_vllm.sampling import philox
-from mini_vllm.worker import model_runner
 from mini_vllm.worker.sampling_stage import NO_TOKEN_MESSAGE
 from tests.checkpoints import make_checkpoint
 from tests.integration.rig import VOCAB_SIZE, Job, Rig, greedy, mixed_jobs, run, tokens
@@ -40,31 +38,15 @@ def tight_pool(block_size: int) -> int:
     return 1 + -(-LONGEST * 3 // 2 // block_size)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _load_once() -> Iterator[None]:
-    """Weights are read once per checkpoint, not once per engine."""
-    loaded: dict[str, torch.nn.Module] = {}
-    load = model_runner.load_model
-
-    def load_once(config: ModelConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        if config.model not in loaded:
-            loaded[config.model] = load(config, *args, **kwargs)
-        return loaded[config.model]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "load_model", load_once)
-        yield
-
-
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def rig(tmp_path_factory: pytest.TempPathFactory, load_once: None) -> Rig:
     """Engines around a small Llama."""
     folder = tmp_path_factory.mktemp("llama")
     return Rig(make_checkpoint(folder, "llama", seed=3, tokenizer=False, vocab_size=VOCAB_SIZE))
 
 
 @pytest.fixture(scope="module")
-def windowed_rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
+def windowed_rig(tmp_path_factory: pytest.TempPathFactory, load_once: None) -> Rig:
     """Engines around a small Qwen2 whose second layer sees 24 tokens only, fewer than most prompts have."""
     window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
     folder = tmp_path_factory.mktemp("qwen2")
@@ -79,12 +61,12 @@ def alone(rig: Rig) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(rig: Rig, _load_once: None) -> list[list[int]]:
+def reference(rig: Rig) -> list[list[int]]:
     return alone(rig)
 
 
 @pytest.fixture(scope="module")
-def windowed_reference(windowed_rig: Rig, _load_once: None) -> list[list[int]]:
+def windowed_reference(windowed_rig: Rig) -> list[list[int]]:
     return alone(windowed_rig)
 
 
