@@ -2,12 +2,15 @@
 the arguments a user gives. Sizes are in tokens or bytes, as the field's name says.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mini_vllm.exceptions import ConfigError
 
-SchedulingPolicy = Literal["fcfs", "priority"]
+SchedulingPolicy = Literal["fcfs", "priority", "fair"]
+PreemptionPolicy = Literal["latest", "least-work"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DEFAULT_BLOCK_SIZE = 16
 
@@ -19,7 +22,11 @@ class SchedulerConfig:
     max_num_batched_tokens: the token budget of a step.
     max_num_seqs: requests that may be running at once.
     long_prefill_token_threshold: tokens of one prompt per step at most; 0 is off.
-    policy: 'fcfs', or 'priority' (a lower number goes first, then earlier arrival).
+    policy: 'fcfs', 'priority' (a lower number goes first, then earlier arrival), or 'fair' (tenants share the tokens
+        computed by their weights).
+    preemption_policy: who gives way when the pool is full: 'latest' (the one the policy puts last), or 'least-work'
+        (the one with the fewest computed tokens to lose, never the one that is furthest ahead in the order).
+    tenant_weights: under 'fair', the share of a tenant by its name relative to others; 1 where none is given.
     max_model_len: a request ends at this many tokens; None is unlimited (toy engine).
     same_step_prefix_sharing: let a request admitted in a step read prefix blocks that the same step writes.
     """
@@ -28,6 +35,8 @@ class SchedulerConfig:
     max_num_seqs: int = 256
     long_prefill_token_threshold: int = 0
     policy: SchedulingPolicy = "fcfs"
+    preemption_policy: PreemptionPolicy = "latest"
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     max_model_len: int | None = None
     same_step_prefix_sharing: bool = True
 
@@ -35,8 +44,11 @@ class SchedulerConfig:
         _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _require_at_least("max_num_seqs", self.max_num_seqs, 1)
         _require_at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
-        if self.policy not in ("fcfs", "priority"):
-            raise ConfigError(f"scheduling_policy: must be 'fcfs' or 'priority', got {self.policy!r}")
+        _require_one_of("scheduling_policy", self.policy, get_args(SchedulingPolicy))
+        _require_one_of("preemption_policy", self.preemption_policy, get_args(PreemptionPolicy))
+        for name, weight in self.tenant_weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise ConfigError(f"tenant_weights: the weight of {name!r} must be a number above 0, got {weight!r}")
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,7 @@ class LoadConfig:
     use_tqdm: bool = True
 
     def __post_init__(self) -> None:
-        if self.load_format not in get_args(LoadFormat):
-            raise ConfigError(
-                f"load_format: must be one of {', '.join(get_args(LoadFormat))}, got {self.load_format!r}"
-            )
+        _require_one_of("load_format", self.load_format, get_args(LoadFormat))
 
 
 @dataclass(frozen=True)
@@ -137,3 +146,8 @@ class EngineConfig:
 def _require_at_least(name: str, value: int, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name}: must be an integer of at least {minimum}, got {value!r}")
+
+
+def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {value!r}")

@@ -46,3 +46,16 @@ class RequestError(MiniVLLMError, RuntimeError):
 
 class EngineDeadError(MiniVLLMError, RuntimeError):
     """The engine stopped and cannot serve any more."""
+
+
+class OverloadedError(MiniVLLMError, RuntimeError):
+    """The engine has as many unfinished requests (or their tokens) as it was allowed to queue, or is shutting down.
+
+    reason: 'max_num_queued_reqs', 'max_num_queued_tokens' or 'shutting_down', the label of the rejection's counter.
+    retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(self, message: str, reason: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after

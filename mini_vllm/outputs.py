@@ -49,6 +49,10 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    queued_time: float | None = None
+    """When the core took it into its queue."""
+    scheduled_time: float | None = None
+    """When it was first admitted to the batch."""
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -67,6 +67,17 @@ class LoRARequest:
 
 
 @dataclass(frozen=True)
+class Tenant:
+    """Whose request it is: what the policy `fair` shares between, and nothing else looks at.
+
+    name: of the API key, or '' where there are none. user: what the request itself says, told apart inside a key only.
+    """
+
+    name: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True)
 class MultiModalFeature:
     """One image (or other input) of a prompt: content hash and the prompt positions it fills.
 
@@ -92,6 +103,8 @@ class Request:
         parameters is 1 + their number). sample_index: 0, or which of those this one is.
     bad_words_token_ids: the sequences of ids that `bad_words` stands for.
     new_to_worker: the worker has no row for it, so that the next plan says everything about it.
+    tenant: who shares the engine with others under the policy `fair`.
+    queued_time, scheduled_time: seconds on the core's clock when it was queued and first admitted; None before.
     """
 
     __slots__ = (
@@ -100,7 +113,7 @@ class Request:
         "status", "all_token_ids", "output_token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens",
         "num_cached_tokens", "num_output_placeholders", "spec_token_ids", "num_preemptions", "epoch", "stop_reason",
         "error", "waiting_reason", "waiting_detail", "block_hashes", "stop_ids", "new_to_worker",
-        "unborn_ids", "sample_index", "bad_words_token_ids",
+        "unborn_ids", "sample_index", "bad_words_token_ids", "tenant", "queued_time", "scheduled_time",
     )  # fmt: skip
 
     def __init__(
@@ -121,6 +134,7 @@ class Request:
         child_ids: Sequence[str] = (),
         sample_index: int = 0,
         bad_words_token_ids: Sequence[Sequence[int]] = (),
+        tenant: Tenant = Tenant(),  # noqa: B008 (frozen)
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -157,6 +171,9 @@ class Request:
         self.unborn_ids = tuple(child_ids)
         self.sample_index = sample_index
         self.bad_words_token_ids = bad_words_token_ids
+        self.tenant = tenant
+        self.queued_time: float | None = None
+        self.scheduled_time: float | None = None
 
     def bear_children(self) -> list["Request"]:
         """The requests that part from this one now; each is to get its own first token. Asked once."""
@@ -181,7 +198,9 @@ class Request:
             mm_features=self.mm_features,
             sample_index=sample_index,
             bad_words_token_ids=self.bad_words_token_ids,
+            tenant=self.tenant,
         )
+        child.queued_time, child.scheduled_time = self.queued_time, self.scheduled_time
         child.num_cached_tokens = self.num_cached_tokens  # its prompt was computed with the parent's
         return child
 

@@ -153,6 +153,9 @@ class EngineCoreOutput:
     prompt_logprobs: PromptLogprobs | None = None
     pooler_output: Any = None
     kv_transfer_params: dict[str, Any] | None = None
+    times: tuple[float, float | None] | None = None
+    """Seconds on the core's clock when the request was queued and first admitted (None if never). Comes once: with the
+    first news of a sequence."""
 
     @property
     def finished(self) -> bool:
@@ -166,6 +169,9 @@ class SchedulerStats:
     step_id: int = 0
     num_running_reqs: int = 0
     num_waiting_reqs: int = 0
+    """Of all reasons."""
+    num_waiting_deferred_reqs: int = 0
+    """Of these, how many wait for something other than room: a grammar, remote KV, an admission rule."""
     kv_cache_usage: float = 0.0
     num_scheduled_tokens: int = 0
     num_preemptions: int = 0
@@ -181,3 +187,6 @@ class EngineCoreOutputs:
 
     outputs: list[EngineCoreOutput] = field(default_factory=list)
     stats: SchedulerStats = field(default_factory=SchedulerStats)
+    timestamp: float = 0.0
+    """Seconds on the core's clock when the step ended. The clock is monotonic and the same in every process of a
+    machine."""
