@@ -25,7 +25,8 @@ class SchedulerConfig:
     policy: 'fcfs', 'priority' (a lower number goes first, then earlier arrival), or 'fair' (tenants share the tokens
         computed by their weights).
     preemption_policy: who gives way when the pool is full: 'latest' (the one the policy puts last), or 'least-work'
-        (the one with the fewest computed tokens to lose, never the one that is furthest ahead in the order).
+        (of those it holds in least regard, the one with the fewest computed tokens to lose). Neither ever takes the one
+        that is furthest ahead, so that every workload ends.
     tenant_weights: under 'fair', the share of a tenant by its name relative to others; 1 where none is given.
     max_model_len: a request ends at this many tokens; None is unlimited (toy engine).
     same_step_prefix_sharing: let a request admitted in a step read prefix blocks that the same step writes.
@@ -132,6 +133,21 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True)
+class ObservabilityConfig:
+    """What is noted down of each step.
+
+    step_trace_capacity: records kept, the newest; 0 keeps none.
+    step_trace_detailed: each says why every waiting request waits, not only the first.
+    """
+
+    step_trace_capacity: int = 256
+    step_trace_detailed: bool = False
+
+    def __post_init__(self) -> None:
+        _require_at_least("step_trace_capacity", self.step_trace_capacity, 0)
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """All of the above, for the one place that builds an engine."""
 
@@ -141,6 +157,7 @@ class EngineConfig:
     load: LoadConfig = field(default_factory=LoadConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
 
 
 def _require_at_least(name: str, value: int, minimum: int) -> None:

@@ -51,7 +51,8 @@ class EngineDeadError(MiniVLLMError, RuntimeError):
 class OverloadedError(MiniVLLMError, RuntimeError):
     """The engine has as many unfinished requests (or their tokens) as it was allowed to queue, or is shutting down.
 
-    reason: 'max_num_queued_reqs', 'max_num_queued_tokens' or 'shutting_down', the label of the rejection's counter.
+    reason: 'max_num_queued_reqs', 'max_num_queued_tokens', 'text_work' (too many prompts wait to be tokenised),
+        'engine_restarting' or 'shutting_down', the label of the rejection's counter.
     retry_after: seconds after which trying again makes sense.
     """
 

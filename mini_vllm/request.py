@@ -33,6 +33,9 @@ class RequestStatus(enum.IntEnum):
         return self > RequestStatus.PREEMPTED
 
 
+_LAST_UNFINISHED = RequestStatus.PREEMPTED
+"""Looked up once: members of an enumeration are slow to reach, and this is asked for every token."""
+
 FINISH_REASONS = {
     RequestStatus.FINISHED_STOPPED: "stop",
     RequestStatus.FINISHED_LENGTH_CAPPED: "length",
@@ -104,7 +107,9 @@ class Request:
     bad_words_token_ids: the sequences of ids that `bad_words` stands for.
     new_to_worker: the worker has no row for it, so that the next plan says everything about it.
     tenant: who shares the engine with others under the policy `fair`.
+    arrival_index: how many requests its scheduler was given before it and with it; children have their parent's.
     queued_time, scheduled_time: seconds on the core's clock when it was queued and first admitted; None before.
+    times_told: whether its news has told these two.
     """
 
     __slots__ = (
@@ -113,7 +118,8 @@ class Request:
         "status", "all_token_ids", "output_token_ids", "num_prompt_tokens", "num_tokens", "num_computed_tokens",
         "num_cached_tokens", "num_output_placeholders", "spec_token_ids", "num_preemptions", "epoch", "stop_reason",
         "error", "waiting_reason", "waiting_detail", "block_hashes", "stop_ids", "new_to_worker",
-        "unborn_ids", "sample_index", "bad_words_token_ids", "tenant", "queued_time", "scheduled_time",
+        "unborn_ids", "sample_index", "bad_words_token_ids", "tenant", "arrival_index",
+        "queued_time", "scheduled_time", "times_told",
     )  # fmt: skip
 
     def __init__(
@@ -134,7 +140,7 @@ class Request:
         child_ids: Sequence[str] = (),
         sample_index: int = 0,
         bad_words_token_ids: Sequence[Sequence[int]] = (),
-        tenant: Tenant = Tenant(),  # noqa: B008 (frozen)
+        tenant: Tenant = Tenant(),
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -172,8 +178,10 @@ class Request:
         self.sample_index = sample_index
         self.bad_words_token_ids = bad_words_token_ids
         self.tenant = tenant
+        self.arrival_index = 0
         self.queued_time: float | None = None
         self.scheduled_time: float | None = None
+        self.times_told = False
 
     def bear_children(self) -> list["Request"]:
         """The requests that part from this one now; each is to get its own first token. Asked once."""
@@ -200,6 +208,7 @@ class Request:
             bad_words_token_ids=self.bad_words_token_ids,
             tenant=self.tenant,
         )
+        child.arrival_index = self.arrival_index
         child.queued_time, child.scheduled_time = self.queued_time, self.scheduled_time
         child.num_cached_tokens = self.num_cached_tokens  # its prompt was computed with the parent's
         return child
@@ -226,7 +235,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        return self.status > RequestStatus.PREEMPTED
+        return self.status > _LAST_UNFINISHED
 
     @property
     def finish_reason(self) -> str | None:
@@ -245,20 +254,20 @@ class Request:
         """
         params = self.sampling_params
         last = self.all_token_ids[-1]
-        may_stop = len(self.output_token_ids) > params.min_tokens
+        num_output_tokens = len(self.output_token_ids)
+        may_stop = num_output_tokens > params.min_tokens
         if may_stop and last == self.eos_token_id and not params.ignore_eos:
             self.status = RequestStatus.FINISHED_STOPPED
         elif may_stop and last in self.stop_ids:
             self.status = RequestStatus.FINISHED_STOPPED
             self.stop_reason = last
-        elif self._reached_length():
+        elif (self.max_tokens is not None and num_output_tokens >= self.max_tokens) or (
+            self.max_model_len is not None and self.num_tokens >= self.max_model_len
+        ):
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
-        return self.is_finished
-
-    def _reached_length(self) -> bool:
-        if self.max_tokens is not None and len(self.output_token_ids) >= self.max_tokens:
-            return True
-        return self.max_model_len is not None and self.num_tokens >= self.max_model_len
+        else:
+            return False
+        return True
 
     def __repr__(self) -> str:
         return (

@@ -14,6 +14,7 @@ from typing import Any
 from mini_vllm.exceptions import InvalidParameterError
 
 _MAX_SEED = 2**63 - 1
+_MAX_TOP_K = 2**31 - 1
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy: dividing logits by them would overflow."""
 
@@ -33,12 +34,12 @@ class SamplingParams:
     The order in which these act on the logits is in `docs/sampling.md`.
 
     n: sequences for one prompt, each with random numbers of its own; the prompt is computed once.
-    temperature: 0 is greedy (argmax, ties to the lowest id, no randomness drawn).
+    temperature: 0 is greedy (argmax, ties to the lowest id, no randomness drawn); at most 1e6.
     top_p: keep the smallest set of tokens whose probability reaches this; in (0, 1].
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
     min_p: keep tokens at least this fraction as probable as the most probable one; in [0, 1], 0 keeps all.
     repetition_penalty: positive logits of tokens in prompt or output are divided by it, negative ones multiplied;
-        more than 0, 1 is off.
+        in [1e-4, 1e4], so that no logit overflows; 1 is off.
     presence_penalty: subtracted from the logit of every token in the output; in [-2, 2], 0 is off.
     frequency_penalty: the same, times how often it is there.
     seed: the same seed gives the same tokens whoever shares the batch; None draws fresh entropy.
@@ -146,17 +147,15 @@ class SamplingParams:
             value = getattr(self, name)
             _require_number(name, value)
             if not least <= value <= most:
-                limits = f"in [{least:g}, {most:g}]" if most < math.inf else f"{least:g} or more"
-                raise InvalidParameterError(name, f"must be {limits}, got {value}")
-        for name in ("top_p", "repetition_penalty"):
-            _require_number(name, getattr(self, name))
+                raise InvalidParameterError(name, f"must be in [{least:g}, {most:g}], got {value}")
+        _require_number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise InvalidParameterError("top_p", f"must be in (0, 1], got {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise InvalidParameterError("repetition_penalty", f"must be more than 0, got {self.repetition_penalty}")
         _require_int("top_k", self.top_k)
-        if self.top_k < -1:
-            raise InvalidParameterError("top_k", f"must be 0 or -1 (off) or a positive integer, got {self.top_k}")
+        if not -1 <= self.top_k <= _MAX_TOP_K:
+            raise InvalidParameterError(
+                "top_k", f"must be 0 or -1 (off) or a positive integer of 31 bits, got {self.top_k}"
+            )
         if self.seed is not None:
             _require_int("seed", self.seed)
             if not -_MAX_SEED - 1 <= self.seed <= _MAX_SEED:
@@ -222,8 +221,9 @@ class BeamSearchParams:
 
 
 _RANGES = {
-    "temperature": (0.0, math.inf),
+    "temperature": (0.0, 1e6),
     "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-4, 1e4),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mini_vllm.config import DEFAULT_BLOCK_SIZE, SchedulerConfig, SchedulingPolicy
+from mini_vllm.config import DEFAULT_BLOCK_SIZE, PreemptionPolicy, SchedulerConfig, SchedulingPolicy
 from mini_vllm.core.interfaces import KVCacheConfig, KVCacheGroup, KVCacheSpec
 from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.core.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from mini_vllm.engine.core import EngineCore
 from mini_vllm.exceptions import ConfigError, InvalidParameterError, RequestError
-from mini_vllm.request import Request
+from mini_vllm.request import Request, Tenant
 from mini_vllm.sampling.toy_sampler import Sampler
 from mini_vllm.sampling_params import SamplingParams
 
@@ -231,8 +231,9 @@ class ToyEngine:
     """Text in, text out, one `step()` at a time, over the real scheduler and block manager.
 
     num_blocks, block_size: the KV pool in blocks (block 0 is the null block) and tokens a block.
-    enable_caching: keep prefixes. policy: 'fcfs' or 'priority'.
-    max_num_batched_tokens, long_prefill_token_threshold, max_num_seqs: as in `SchedulerConfig`.
+    enable_caching: keep prefixes.
+    max_num_batched_tokens, long_prefill_token_threshold, max_num_seqs, policy, preemption_policy: those of
+        `SchedulerConfig`.
     model: a name in `TOY_MODELS`, built from `seed`, or any object with `forward`.
 
     There is no start-up check of the pool's size: a pool too small for the work is a lesson, not a mistake.
@@ -251,6 +252,7 @@ class ToyEngine:
         seed: int = 0,
         model: str | ToyModelProtocol = "toy",
         policy: SchedulingPolicy = "fcfs",
+        preemption_policy: PreemptionPolicy = "latest",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = SchedulerConfig(
@@ -258,12 +260,13 @@ class ToyEngine:
             max_num_seqs=max_num_seqs,
             long_prefill_token_threshold=long_prefill_token_threshold,
             policy=policy,
+            preemption_policy=preemption_policy,
         )
         self.tokenizer = ByteTokenizer()
         self.executor = ToyExecutor(_build_model(model, seed), Sampler(), num_blocks=num_blocks, block_size=block_size)
         kv = KVCacheManager(num_blocks, block_size, enable_caching=enable_caching)
         self.scheduler = Scheduler(config, kv, clock=clock)
-        self.engine_core = EngineCore(self.scheduler, self.executor, clock=clock)
+        self.engine_core = EngineCore(self.scheduler, self.executor)
         self.requests: dict[str, Request] = {}
         """Every request ever added, finished ones included: this is where token ids are read."""
         self._clock = clock
@@ -291,6 +294,7 @@ class ToyEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: Tenant = Tenant(),  # noqa: B008 (frozen)
     ) -> str:
         """Queue a prompt (text or token ids) and return its id, `req-<n>`. Nothing is computed yet.
 
@@ -308,6 +312,7 @@ class ToyEngine:
             arrival_time=self._clock(),
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         self.engine_core.add_request(request)
         self.requests[request.request_id] = request

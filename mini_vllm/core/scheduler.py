@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from mini_vllm.config import SchedulerConfig
 from mini_vllm.core.interfaces import AdmissionRule
 from mini_vllm.core.kv_cache_manager import KVCacheManager
-from mini_vllm.core.policy import make_queue
+from mini_vllm.core.planning import new_request_data, unschedule
+from mini_vllm.core.policy import make_queue, make_victim_picker
+from mini_vllm.core.reporting import DEFERRED, news_of, times_of, waiting_reasons
 from mini_vllm.core.scheduler_output import (
     BlockCopy,
     BlockIds,
     EngineCoreOutput,
     ModelRunnerOutput,
-    NewRequestData,
     SchedulerOutput,
     SchedulerStats,
 )
@@ -48,12 +49,17 @@ class Scheduler:
         self.rules = tuple(rules)
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
-        self.waiting = make_queue(config.policy)
+        self.waiting = make_queue(config)
         self.num_preemptions = 0
+        self.newly_preempted: list[str] = []
+        """Who gave way since the plan before the last one was made."""
+        self._pick_victim = make_victim_picker(config, self.waiting)
         self._step_id = 0
         self._num_lives = 0
+        self._num_added = 0
         self._finished_req_ids: list[str] = []
         self._undone_req_ids: list[str] = []
+        self._repeated_req_ids: list[str] = []
         self._unborn_ids: set[str] = set()
         self._block_copies: list[BlockCopy] = []
         self._failures: list[EngineCoreOutput] = []
@@ -67,6 +73,9 @@ class Scheduler:
                 raise ValueError(f"request_id: {request_id!r} is already in use")
         self._unborn_ids.update(request.unborn_ids)
         self._begin_life(request)
+        self._num_added += 1
+        request.arrival_index = self._num_added
+        request.queued_time = self.clock()
         self.requests[request.request_id] = request
         self.waiting.add(request)
 
@@ -94,9 +103,8 @@ class Scheduler:
         return bool(self.requests or self._failures or self._finished_req_ids)
 
     def _finish(self, request: Request, status: RequestStatus) -> None:
-        if request.status is not RequestStatus.RUNNING and not request.is_finished:
-            self.waiting.remove(request)
         request.status = status
+        self.waiting.remove(request)
         self._release(request)
         self._unborn_ids.difference_update(request.unborn_ids)
         del self.requests[request.request_id]
@@ -114,9 +122,10 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         self._finish(request, RequestStatus.FINISHED_ERROR)
-        self._failures.append(self._news(request, []))
+        self._failures.append(news_of(request, []))
+        times = times_of(request)
         for child_id in request.unborn_ids:
-            self._failures.append(dataclasses.replace(self._failures[-1], request_id=child_id))
+            self._failures.append(dataclasses.replace(self._failures[-1], request_id=child_id, times=times))
 
     def _drop_finished_from_running(self) -> None:
         self.running = [request for request in self.running if not request.is_finished]
@@ -128,27 +137,35 @@ class Scheduler:
         self._step_id += 1
         plan = SchedulerOutput(step_id=self._step_id)
         budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
+        if self.waiting.counts_tokens:
+            self._charge_running(plan)
         if plan.preempted_req_ids:
             self._head_waits(WaitingReason.PREEMPTION)
         else:
             budget = self._schedule_waiting(plan, budget)
         plan.total_num_scheduled_tokens = self.config.max_num_batched_tokens - budget
-        plan.preempted_req_ids += self._undone_req_ids
+        self._tell_departures(plan)
+        return plan
+
+    def _tell_departures(self, plan: SchedulerOutput) -> None:
+        self.newly_preempted = plan.preempted_req_ids + self._undone_req_ids
+        plan.preempted_req_ids = self.newly_preempted + self._repeated_req_ids
         plan.finished_req_ids = self._finished_req_ids
         plan.block_copies = self._block_copies
         self._block_copies = []
         self._undone_req_ids = []
+        self._repeated_req_ids = []
         self._finished_req_ids = []
-        return plan
 
     def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
         """First pass: those already running, in order of admission. Returns the budget left."""
+        running = RequestStatus.RUNNING
         for request in tuple(self.running):
             if budget == 0:
                 break
-            if request.status is not RequestStatus.RUNNING:
+            if request.status is not running:
                 continue  # gave way to a request before it
-            num_new = self._clamp(request, request.num_computed_tokens, budget)[0]
+            num_new, _ = self._clamp(request, request.num_computed_tokens, budget)
             if num_new == 0:
                 continue
             block_ids = self.kv.allocate_slots(request, num_new)
@@ -156,7 +173,7 @@ class Scheduler:
                 if not self.kv.can_ever_fit(request.num_tokens):
                     self._fail(request, self._outgrown(request))
                     break
-                victim = self.waiting.pick_victim(self.running)
+                victim = self._pick_victim(self.running)
                 budget += self._preempt(victim, plan)
                 if victim is request:
                     break
@@ -195,11 +212,12 @@ class Scheduler:
 
     def _clamp(self, request: Request, start: int, budget: int) -> tuple[int, str]:
         """(tokens this request may compute from position `start`, which rule made it fewer)."""
-        num_new = request.num_tokens_with_spec + request.num_output_placeholders - start
+        num_new = request.num_tokens + len(request.spec_token_ids) + request.num_output_placeholders - start
         threshold = self.config.long_prefill_token_threshold
         if 0 < threshold < num_new:
             num_new = threshold
-        num_new = min(num_new, budget)
+        if num_new > budget:
+            num_new = budget
         why = ""
         for rule in self.rules:
             allowed, reason = rule.clamp(request, start, num_new)
@@ -218,7 +236,17 @@ class Scheduler:
                 cached.new_block_ids[request.request_id] = block_ids
         self._commit(request, num_new, plan)
 
+    def _charge_running(self, plan: SchedulerOutput) -> None:
+        for request_id, num_tokens in plan.num_scheduled_tokens.items():
+            self._charge(self.requests[request_id], num_tokens)
+
+    def _charge(self, request: Request, num_tokens: int) -> None:
+        """One for each token computed, and one for the token sampled."""
+        self.waiting.charge(request, num_tokens + self.needs_sample(request))
+
     def _admit(self, request: Request, num_new: int, plan: SchedulerOutput) -> None:
+        if request.scheduled_time is None:
+            request.scheduled_time = self.clock()
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = request.num_computed_tokens
             if request.reads_prefix_cache:
@@ -227,58 +255,30 @@ class Scheduler:
         self.running.append(request)
         self._introduce(request, plan)
         self._commit(request, num_new, plan)
+        self._charge(request, num_new)
 
     def _introduce(self, request: Request, plan: SchedulerOutput) -> None:
-        plan.new_reqs.append(self._new_request_data(request))
+        plan.new_reqs.append(new_request_data(request, self.kv.block_ids(request.request_id)))
         request.new_to_worker = False
 
     def _commit(self, request: Request, num_new: int, plan: SchedulerOutput) -> None:
         for rule in self.rules:
             rule.commit(request, request.num_computed_tokens, num_new)
-        plan.num_scheduled_tokens[request.request_id] = num_new
-        plan.epochs[request.request_id] = request.epoch
+        request_id = request.request_id
+        plan.num_scheduled_tokens[request_id] = num_new
+        plan.epochs[request_id] = request.epoch
         request.num_computed_tokens += num_new
         if request.unborn_ids and self.needs_sample(request):
-            plan.forks[request.request_id] = list(request.unborn_ids)
-
-    def _new_request_data(self, request: Request) -> NewRequestData:
-        return NewRequestData(
-            req_id=request.request_id,
-            token_ids=list(request.all_token_ids),
-            num_prompt_tokens=request.num_prompt_tokens,
-            sampling_params=request.sampling_params,
-            block_ids=self.kv.block_ids(request.request_id),
-            num_computed_tokens=request.num_computed_tokens,
-            lora_name=request.lora_request.lora_name if request.lora_request else None,
-            mm_features=list(request.mm_features),
-            sample_index=request.sample_index,
-            all_stop_token_ids=request.all_stop_token_ids,
-            bad_words_token_ids=[list(ids) for ids in request.bad_words_token_ids],
-        )
+            plan.forks[request_id] = list(request.unborn_ids)
 
     # -- giving way --------------------------------------------------------------------------------------
 
     def _preempt(self, request: Request, plan: SchedulerOutput) -> int:
         """Back to the queue, to be recomputed; outputs are kept. Returns the budget it had taken in this plan."""
-        refund = plan.num_scheduled_tokens.pop(request.request_id, 0)
-        if refund:
-            self._unschedule(request.request_id, plan)
+        refund = unschedule(request.request_id, plan)
         self._to_waiting(request)
         plan.preempted_req_ids.append(request.request_id)
         return refund
-
-    @staticmethod
-    def _unschedule(request_id: str, plan: SchedulerOutput) -> None:
-        """Only running requests are ever preempted, so it is deltas, or a child's first row, that are taken back."""
-        del plan.epochs[request_id]
-        plan.forks.pop(request_id, None)
-        if request_id not in plan.cached_reqs.req_ids:
-            plan.new_reqs = [new for new in plan.new_reqs if new.req_id != request_id]
-            return
-        index = plan.cached_reqs.req_ids.index(request_id)
-        del plan.cached_reqs.req_ids[index]
-        del plan.cached_reqs.num_computed_tokens[index]
-        plan.cached_reqs.new_block_ids.pop(request_id, None)
 
     def _to_waiting(self, request: Request) -> None:
         self.running.remove(request)
@@ -298,6 +298,7 @@ class Scheduler:
 
     def undo_step(self, plan: SchedulerOutput) -> None:
         """The plan was not executed (an interrupt): its requests go back to the queue as if preempted."""
+        self._undone_req_ids += self.newly_preempted  # no record of this step will tell
         self.repeat_departures(plan)
         for request_id in reversed(plan.num_scheduled_tokens):
             self.kv.forget_unwritten(request_id)
@@ -312,7 +313,7 @@ class Scheduler:
         Children that the plan had no budget for may lack the blocks it was to copy: they are computed again.
         """
         self._finished_req_ids = plan.finished_req_ids + self._finished_req_ids
-        self._undone_req_ids = plan.preempted_req_ids + self._undone_req_ids
+        self._repeated_req_ids = plan.preempted_req_ids + self._repeated_req_ids
         for request in [request for request in reversed(self.running) if request.new_to_worker]:
             self._to_waiting(request)
 
@@ -344,8 +345,9 @@ class Scheduler:
             request = self._alive(request_id, plan)
             if request is None or not (token_ids or request_id in result.prompt_logprobs):
                 continue
-            outputs.append(self._append_tokens(request, token_ids, result))
-            any_finished |= request.is_finished
+            news = self._append_tokens(request, token_ids, result)
+            any_finished |= news.finish_reason is not None
+            outputs.append(news)
         if any_finished:
             self._drop_finished_from_running()
         outputs += self._failures
@@ -366,7 +368,7 @@ class Scheduler:
             if request.maybe_finish():
                 self._finish(request, request.status)
                 break
-        news = self._news(request, kept)
+        news = news_of(request, kept)
         if result.logprobs:
             news.logprobs = result.logprobs.get(request.request_id)
         if result.prompt_logprobs:
@@ -414,18 +416,6 @@ class Scheduler:
         for child in reversed(homeless):
             self.waiting.requeue(child)
 
-    @staticmethod
-    def _news(request: Request, new_token_ids: list[int]) -> EngineCoreOutput:
-        return EngineCoreOutput(
-            request_id=request.request_id,
-            new_token_ids=new_token_ids,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            error=request.error,
-            num_cached_tokens=max(request.num_cached_tokens, 0),
-            num_preemptions=request.num_preemptions,
-        )
-
     # -- looking in --------------------------------------------------------------------------------------
 
     def _head_waits(self, reason: WaitingReason, detail: str = "") -> None:
@@ -439,20 +429,15 @@ class Scheduler:
 
     def waiting_reasons(self) -> dict[str, str]:
         """Why each waiting request waits, in queue order. Worked out when asked, not every step."""
-        reasons: dict[str, str] = {}
-        for position, request in enumerate(self.waiting):
-            if position == 0 or request.waiting_reason is WaitingReason.PREEMPTED:
-                detail = f": {request.waiting_detail}" if request.waiting_detail else ""
-                reasons[request.request_id] = f"{request.waiting_reason}{detail}"
-            else:
-                reasons[request.request_id] = str(WaitingReason.BEHIND_HEAD)
-        return reasons
+        return waiting_reasons(self.waiting)
 
     def stats(self) -> SchedulerStats:
+        head_is_held = bool(self.waiting) and self.waiting.peek().waiting_reason in DEFERRED
         return SchedulerStats(
             step_id=self._step_id,
             num_running_reqs=len(self.running),
             num_waiting_reqs=len(self.waiting),
+            num_waiting_deferred_reqs=int(head_is_held),
             kv_cache_usage=self.kv.usage,
             num_preemptions=self.num_preemptions,
             prefix_cache_queries=self.kv.prefix_cache_queries,

@@ -138,7 +138,7 @@ class ModelRunnerOutput:
     expert_load: list[list[int]] | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class EngineCoreOutput:
     """News of one request for the shell that owns its text."""
 

@@ -8,13 +8,12 @@ nearest valid one, a vLLM argument that does not exist here yet is refused sayin
 import dataclasses
 import difflib
 import os
-import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from mini_vllm.config import (
     DEFAULT_BLOCK_SIZE,
@@ -23,8 +22,17 @@ from mini_vllm.config import (
     EngineConfig,
     LoadConfig,
     ModelConfig,
+    ObservabilityConfig,
     ParallelConfig,
+    PreemptionPolicy,
     SchedulerConfig,
+    SchedulingPolicy,
+)
+from mini_vllm.engine.arg_values import (
+    parse_logits_processors,
+    parse_max_model_len,
+    parse_size,
+    parse_tenant_weights,
 )
 from mini_vllm.engine.model_source import ModelSource
 from mini_vllm.exceptions import CheckpointError, ConfigError
@@ -47,7 +55,6 @@ _DTYPES = {
     "float16": "float16",
     "half": "float16",
 }
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     """allowed_local_media_path api_server_count async_scheduling calculate_kv_scales code_revision
@@ -148,8 +155,20 @@ class EngineArgs:
         0, "scheduler", "Tokens of one prompt a step may compute; 0 sets no limit of its own."
     )
     scheduling_policy: str = _arg(
-        "fcfs", "scheduler", "fcfs serves in order of arrival; priority serves the lowest number first.",
-        ("fcfs", "priority"),
+        "fcfs", "scheduler",
+        "fcfs serves in order of arrival; priority serves the lowest number first; fair lets tenants (API keys, and "
+        "the users of one) take turns by the tokens they were given.",
+        get_args(SchedulingPolicy),
+    )  # fmt: skip
+    tenant_weights: Mapping[str, float] | str | None = _arg(
+        None, "scheduler",
+        "Shares of tenants under the policy fair, such as batch=0.5,chat=2 (in Python, a mapping); 1 for the others.",
+    )  # fmt: skip
+    preemption_policy: str = _arg(
+        "latest", "scheduler",
+        "Who gives way when the KV cache is full: latest takes the one that the policy puts last, least-work the one "
+        "that has the least to compute again.",
+        get_args(PreemptionPolicy),
     )  # fmt: skip
 
     tensor_parallel_size: int = _arg(1, "device", "Devices that share the model. Only 1 so far.")
@@ -158,6 +177,12 @@ class EngineArgs:
     attention_backend: str | None = _arg(None, "device", "Attention implementation by name. Default: the fastest.")
 
     disable_log_stats: bool = _arg(False, "logging", "Do not log throughput and cache use while running.")
+    step_trace_capacity: int = _arg(
+        256, "logging", "Steps of which a record is kept, the newest, to be looked at; 0 keeps none."
+    )
+    step_trace_detailed: bool = _arg(
+        False, "logging", "Note in each of these why every waiting request waits, not only the first of the queue."
+    )
 
     def __post_init__(self) -> None:
         _require_types(self)
@@ -168,6 +193,7 @@ class EngineArgs:
         if self.max_logprobs < -1:
             raise ConfigError(f"max_logprobs: must be -1 (all) or at least 0, got {self.max_logprobs}")
         object.__setattr__(self, "logits_processors", parse_logits_processors(self.logits_processors))
+        object.__setattr__(self, "tenant_weights", parse_tenant_weights(self.tenant_weights))
         object.__setattr__(self, "max_model_len", parse_max_model_len(self.max_model_len))
         if self.kv_cache_memory_bytes is not None:
             object.__setattr__(
@@ -294,6 +320,7 @@ class EngineArgs:
             ),
             parallel=ParallelConfig(**self._fields_of(ParallelConfig)),
             device=DeviceConfig(**self._fields_of(DeviceConfig)),
+            observability=ObservabilityConfig(**self._fields_of(ObservabilityConfig)),
         )
 
     def _fetch_weights(self, hf_config: "HFConfig") -> None:
@@ -347,45 +374,18 @@ def unknown_argument_message(name: str, valid: set[str]) -> str:
     return f"{name}: no such engine argument{hint}"
 
 
-def parse_size(name: str, value: Any) -> int:
-    """An integer, or one with a unit: k, m, g are powers of 1000, K, M, G of 1024."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgKMG]?)", value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ConfigError(f"{name}: must be an integer, or one with a unit such as 16k or 2G, got {value!r}")
-    size = float(match[1]) * _UNITS[match[2]]
-    if size != int(size):
-        raise ConfigError(f"{name}: must come to a whole number, got {value!r}")
-    return int(size)
-
-
-def parse_logits_processors(value: Any) -> tuple[Any, ...]:
-    """Classes, or names module:Class, as a list or as text with commas between."""
-    items = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value or ())
-    for item in items:
-        if not isinstance(item, type) and not (isinstance(item, str) and re.fullmatch(r"[\w.]+:[\w.]+", item)):
-            raise ConfigError(f"logits_processors: must be classes or names module:Class, got {item!r}")
-    return items
-
-
-def parse_max_model_len(value: Any) -> int | str | None:
-    """None, 'auto', or a size of at least 1. vLLM's -1 means 'auto'."""
-    if value is None or value == "auto":
-        return value  # type: ignore[no-any-return]
-    if value in (-1, "-1"):
-        return "auto"
-    size = parse_size("max_model_len", value)
-    if size < 1:
-        raise ConfigError(f"max_model_len: must be at least 1, or 'auto', got {value!r}")
-    return size
+def is_vllm_argument(name: str) -> bool:
+    """Whether this is an argument of vLLM's that does not exist here yet."""
+    return name in _VLLM_ARGUMENTS_NOT_HERE
 
 
 _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
     "model": (str, os.PathLike), "tokenizer": (str, os.PathLike), "generation_config": (str, os.PathLike),
     "revision": (str,), "tokenizer_revision": (str,), "download_dir": (str, os.PathLike), "use_tqdm_on_load": (bool,),
-    "dtype": (str,), "load_format": (str,), "scheduling_policy": (str,), "device": (str,), "attention_backend": (str,),
+    "dtype": (str,), "load_format": (str,), "scheduling_policy": (str,), "preemption_policy": (str,),
+    "device": (str,), "attention_backend": (str,),
     "trust_remote_code": (bool,), "enable_prefix_caching": (bool,), "disable_log_stats": (bool,),
+    "step_trace_capacity": (int,), "step_trace_detailed": (bool,),
     "block_size": (int,), "num_gpu_blocks_override": (int,), "max_num_batched_tokens": (int,), "max_num_seqs": (int,),
     "long_prefill_token_threshold": (int,), "tensor_parallel_size": (int,), "num_threads": (int,), "seed": (int,),
     "gpu_memory_utilization": (int, float), "max_logprobs": (int,), "logits_processors": (str, tuple, list),

@@ -14,11 +14,12 @@ less than a block a beam. Which beams go on is decided here, with the rules of t
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mini_vllm.engine.input_processor import PromptType, TokenizedPrompt
+from mini_vllm.engine.input_processor import InputProcessor, PromptType, TokenizedPrompt
 from mini_vllm.engine.llm_engine import LLMEngine
+from mini_vllm.engine.protocol import NewRequest, RequestStream
 from mini_vllm.exceptions import InvalidParameterError, RequestError
 from mini_vllm.outputs import BeamSearchOutput, BeamSearchSequence, LogprobsAtPosition, RequestOutput
 from mini_vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -95,31 +96,67 @@ def num_continuations(beam_width: int, num_eos_ids: int) -> int:
     return max(2, 1 + num_eos_ids) * beam_width
 
 
-def beam_search(engine: LLMEngine, prompts: Sequence[PromptType], params: BeamSearchParams) -> list[BeamSearchOutput]:
-    """The best continuations of each prompt. Raises `InvalidParameterError`, or `RequestError` if a step fails."""
-    if not isinstance(params, BeamSearchParams):
-        raise InvalidParameterError("params", f"must be BeamSearchParams, got {type(params).__name__}")
-    processor = engine.input_processor
-    eos_token_ids = frozenset(() if params.ignore_eos else processor.eos_token_ids)
-    step_params = _step_params(engine, params, len(eos_token_ids))
-    tokenized = processor.tokenize(prompts)
-    searches = [
-        PromptSearch(params, _tokens_left(params.max_tokens, prompt, engine.max_model_len), eos_token_ids)
-        for prompt in tokenized
-    ]
-    while any(search.beams for search in searches):
-        answers = iter(_next_tokens(engine, list(_beam_prompts(tokenized, searches)), step_params))
-        for search in searches:
+class BeamSearch:
+    """The searches over some prompts, step by step; whoever drives it has the engine.
+
+    While `wanted()` is not empty: let the engine continue each of these prompts by one token as `step_params` says, and
+    hand the logprobs to `advance()`. Raises `InvalidParameterError` when made.
+    """
+
+    def __init__(self, processor: InputProcessor, prompts: Sequence[TokenizedPrompt], params: BeamSearchParams) -> None:
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidParameterError("params", f"must be BeamSearchParams, got {type(params).__name__}")
+        eos_token_ids = frozenset(() if params.ignore_eos else processor.eos_token_ids)
+        self.params = params
+        self.prompts = prompts
+        self.tokenizer = processor.tokenizer
+        self.step_params = _step_params(processor, params, len(eos_token_ids))
+        self.searches = [
+            PromptSearch(params, _tokens_left(params.max_tokens, prompt, processor.max_model_len), eos_token_ids)
+            for prompt in prompts
+        ]
+
+    def wanted(self) -> list[TokenizedPrompt]:
+        """The beams of all prompts, each as a prompt of its own; empty when the search is over."""
+        return [
+            replace(prompt, token_ids=[*prompt.token_ids, *beam.tokens], text=None)
+            for prompt, search in zip(self.prompts, self.searches, strict=True)
+            for beam in search.beams
+        ]
+
+    def advance(self, outputs: Iterable[RequestOutput]) -> None:
+        """One step. outputs: of the requests for `wanted()`, in its order. Raises `RequestError` if one failed."""
+        answers = map(_logprobs_of, outputs)
+        for search in self.searches:
             if search.beams:
                 search.advance([next(answers) for _ in search.beams])
-    return [_output(engine, prompt, search, params) for prompt, search in zip(tokenized, searches, strict=True)]
+
+    def outputs(self) -> list[BeamSearchOutput]:
+        """What was found for each prompt, best first."""
+        return [
+            BeamSearchOutput([self._sequence(prompt, search, beam) for beam in search.hypotheses])
+            for prompt, search in zip(self.prompts, self.searches, strict=True)
+        ]
+
+    def _sequence(self, prompt: TokenizedPrompt, search: PromptSearch, beam: _Beam) -> BeamSearchSequence:
+        stopped = beam.tokens[-1] in search.eos_token_ids
+        shown = beam.tokens if self.params.include_stop_str_in_output or not stopped else beam.tokens[:-1]
+        tokens = [*prompt.token_ids, *shown]
+        return BeamSearchSequence(
+            tokens=tokens,
+            logprobs=list(beam.logprobs),
+            cum_logprob=beam.cum_logprob,
+            text=self.tokenizer.decode(tokens),
+            finish_reason="stop" if stopped else "length",
+            stop_reason=beam.tokens[-1] if stopped else None,
+            score=beam.score(self.params.length_penalty),
+        )
 
 
-def _step_params(engine: LLMEngine, params: BeamSearchParams, num_eos_ids: int) -> SamplingParams:
+def _step_params(processor: InputProcessor, params: BeamSearchParams, num_eos_ids: int) -> SamplingParams:
     """One greedy token, for its logprobs. The width must be within what the engine allows."""
-    vocab_size = engine.input_processor.vocab_size
-    num_logprobs = min(num_continuations(params.beam_width, num_eos_ids), vocab_size)
-    allowed = engine.input_processor.checker.max_logprobs
+    num_logprobs = min(num_continuations(params.beam_width, num_eos_ids), processor.vocab_size)
+    allowed = processor.checker.max_logprobs
     if num_logprobs > allowed:
         raise InvalidParameterError(
             "beam_width",
@@ -139,16 +176,26 @@ def _tokens_left(max_tokens: int, prompt: TokenizedPrompt, max_model_len: int) -
     return min(max_tokens, max_model_len - len(prompt.token_ids))
 
 
-def _beam_prompts(prompts: Iterable[TokenizedPrompt], searches: Iterable[PromptSearch]) -> Iterator[TokenizedPrompt]:
-    for prompt, search in zip(prompts, searches, strict=True):
-        for beam in search.beams:
-            yield replace(prompt, token_ids=[*prompt.token_ids, *beam.tokens], text=None)
+def _logprobs_of(output: RequestOutput) -> LogprobsAtPosition:
+    completion = output.outputs[0]
+    if output.error is not None or not completion.logprobs:
+        raise RequestError(f"beam search: {output.error or completion.finish_reason}")
+    return completion.logprobs[0]
 
 
-def _next_tokens(
-    engine: LLMEngine, prompts: Sequence[TokenizedPrompt], params: SamplingParams
-) -> list[LogprobsAtPosition]:
-    """Logprobs of the likeliest tokens after each of `prompts`, in their order. No request outlives an error."""
+# -- who drives it ---------------------------------------------------------------------------------------------
+
+
+def beam_search(engine: LLMEngine, prompts: Sequence[PromptType], params: BeamSearchParams) -> list[BeamSearchOutput]:
+    """The best continuations of each prompt. Raises `InvalidParameterError`, or `RequestError` if a step fails."""
+    search = BeamSearch(engine.input_processor, engine.input_processor.tokenize(prompts), params)
+    while wanted := search.wanted():
+        search.advance(_run(engine, wanted, search.step_params))
+    return search.outputs()
+
+
+def _run(engine: LLMEngine, prompts: Sequence[TokenizedPrompt], params: SamplingParams) -> list[RequestOutput]:
+    """The outputs of one request for each of `prompts`, in their order. No request outlives an error."""
     request_ids = [f"beam-{next(_request_numbers)}" for _ in prompts]
     wanted = set(request_ids)
     outputs: dict[str, RequestOutput] = {}
@@ -160,35 +207,26 @@ def _next_tokens(
     except BaseException:
         engine.abort_request(request_ids)
         raise
-    return [_logprobs_of(outputs[request_id]) for request_id in request_ids]
+    return [outputs[request_id] for request_id in request_ids]
 
 
-def _logprobs_of(output: RequestOutput) -> LogprobsAtPosition:
-    if output.error is not None:
-        raise RequestError(f"beam search: {output.error}")
-    logprobs = output.outputs[0].logprobs
-    assert logprobs, "the worker reported no logprobs"
-    return logprobs[0]
+async def drive_beam_search(
+    search: BeamSearch, request: NewRequest, add: Callable[[Sequence[NewRequest]], Sequence[RequestStream]]
+) -> None:
+    """Run a search of one prompt to its end. No request outlives an error or a cancellation.
 
-
-def _output(
-    engine: LLMEngine, prompt: TokenizedPrompt, search: PromptSearch, params: BeamSearchParams
-) -> BeamSearchOutput:
-    return BeamSearchOutput([_sequence(engine, prompt, search, params, beam) for beam in search.hypotheses])
-
-
-def _sequence(
-    engine: LLMEngine, prompt: TokenizedPrompt, search: PromptSearch, params: BeamSearchParams, beam: _Beam
-) -> BeamSearchSequence:
-    stopped = beam.tokens[-1] in search.eos_token_ids
-    shown = beam.tokens if params.include_stop_str_in_output or not stopped else beam.tokens[:-1]
-    tokens = [*prompt.token_ids, *shown]
-    return BeamSearchSequence(
-        tokens=tokens,
-        logprobs=list(beam.logprobs),
-        cum_logprob=beam.cum_logprob,
-        text=engine.get_tokenizer().decode(tokens),
-        finish_reason="stop" if stopped else "length",
-        stop_reason=beam.tokens[-1] if stopped else None,
-        score=beam.score(search.length_penalty),
-    )
+    request: of the caller; those of the beams have its options, and ids that begin with its own. add: queues requests.
+    """
+    for step in itertools.count():
+        beams = [
+            replace(request, request_id=f"{request.request_id}-{step}-{i}", prompt=prompt, params=search.step_params)
+            for i, prompt in enumerate(search.wanted())
+        ]
+        if not beams:
+            return
+        streams = add(beams)
+        try:
+            search.advance([await anext(stream) for stream in streams])
+        finally:
+            for stream in streams:
+                await stream.aclose()

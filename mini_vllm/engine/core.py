@@ -6,26 +6,27 @@ engine and the simulator differ only in their executor and in the shell around t
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.core.scheduler_output import EngineCoreOutputs, ModelRunnerOutput, SchedulerOutput
-from mini_vllm.engine.trace import StepTrace, record_step
-from mini_vllm.exceptions import InvalidParameterError, PromptTooLongError
+from mini_vllm.engine.trace import StepTrace
+from mini_vllm.exceptions import EngineDeadError, InvalidParameterError, PromptTooLongError
 from mini_vllm.executor.base import Executor
 from mini_vllm.logger import init_logger
 from mini_vllm.request import Request, RequestStatus
 
 logger = init_logger(__name__)
 
+MAX_EMPTY_FAILURES = 3
+
 
 class EngineCore:
     """Scheduler and executor in one loop, with a record of every step.
 
-    clock: seconds, injected so that a simulator can supply its own.
-    trace_capacity: step records kept; 0 keeps none.
+    clock: seconds, the scheduler's own (a simulator supplies another), so that all times of a request can be compared.
+    trace_capacity: step records kept; 0 keeps none. trace_detailed: each says why every waiting request waits.
     """
 
     def __init__(
@@ -33,13 +34,14 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         *,
-        clock: Callable[[], float] = time.monotonic,
         trace_capacity: int = 256,
+        trace_detailed: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
-        self.clock = clock
-        self.trace = StepTrace(trace_capacity)
+        self.clock = scheduler.clock
+        self.trace = StepTrace(trace_capacity, trace_detailed)
+        self._num_empty_failures = 0
 
     def add_request(self, request: Request) -> None:
         """Queue a request, or raise before anything is queued if it can never run."""
@@ -89,11 +91,12 @@ class EngineCore:
         outputs = self.scheduler.update_from_output(plan, result)
         stats = self.scheduler.stats()
         stats.num_scheduled_tokens = plan.total_num_scheduled_tokens
+        end = self.clock()
         if self.trace.capacity:
-            self.trace.records.append(record_step(self.scheduler, plan, outputs, start, self.clock()))
+            self.trace.add(self.scheduler, plan, outputs, start, end)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("%s", self.trace.records[-1])
-        return EngineCoreOutputs(outputs, stats)
+        return EngineCoreOutputs(outputs, stats, timestamp=end)
 
     def _execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
         """Run the plan. A step that raises fails its own requests only; an interrupt loses nothing."""
@@ -104,15 +107,24 @@ class EngineCore:
             if result is None:
                 result = _resolve(self.executor.sample_tokens(None))
             assert result is not None, "sample_tokens() returned nothing"
+            self._num_empty_failures = 0
             return result
         except Exception as error:
             self.scheduler.repeat_departures(plan)
+            self._require_working_executor(plan, error)
             logger.exception("step %d failed; its %d requests end with an error", plan.step_id, len(plan.epochs))
             message = f"the step failed: {type(error).__name__}: {error}"
             return ModelRunnerOutput(errors=dict.fromkeys(plan.num_scheduled_tokens, message))
         except BaseException:
             self.scheduler.undo_step(plan)
             raise
+
+    def _require_working_executor(self, plan: SchedulerOutput, error: Exception) -> None:
+        """Raise `EngineDeadError` when the executor fails, again and again, at plans that compute nothing: no request
+        is to blame for that, and repeating it would go on for ever."""
+        self._num_empty_failures = 0 if plan.num_scheduled_tokens else self._num_empty_failures + 1
+        if self._num_empty_failures == MAX_EMPTY_FAILURES:
+            raise EngineDeadError(f"the executor does not work any more: {type(error).__name__}: {error}") from error
 
     def shutdown(self) -> None:
         self.executor.shutdown()

@@ -14,7 +14,7 @@ from mini_vllm.engine.parallel_sampling import child_ids
 from mini_vllm.engine.param_checks import DEFAULT_MAX_LOGPROBS, ParamChecker
 from mini_vllm.exceptions import CheckpointError, InvalidParameterError, PromptTooLongError
 from mini_vllm.logger import init_logger
-from mini_vllm.request import Request
+from mini_vllm.request import Request, Tenant
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.text.tokenizer import Tokenizer
 
@@ -51,6 +51,8 @@ class InputProcessor:
     generation_config: the parsed generation_config.json; gives the defaults of `default_sampling_params`.
     eos_token_ids: every id that ends a sequence by the model's configs; the tokenizer's own comes first.
     max_logprobs: the most that a request may ask for at a position; -1 is the whole vocabulary.
+
+    default_max_tokens: what the generation config says; None where it does not.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class InputProcessor:
         self.clock = clock
         self.checker = ParamChecker(tokenizer, vocab_size, max_logprobs)
         self.default_sampling_params = default_sampling_params(generation_config or {})
+        self.default_max_tokens: int | None = (generation_config or {}).get("max_new_tokens")
         primary = tokenizer.eos_token_id
         self.eos_token_id = primary if primary is not None else next(iter(eos_token_ids), None)
         self._extra_eos_ids = tuple(i for i in dict.fromkeys(eos_token_ids) if i != self.eos_token_id)
@@ -86,10 +89,7 @@ class InputProcessor:
         one prompt the message says which is wrong."""
         parsed = [self._located(i, len(prompts), self._parse, prompt) for i, prompt in enumerate(prompts)]
         texts = [item["prompt"] for item in parsed if "prompt_token_ids" not in item]
-        if len(texts) == 1:
-            encoded = iter([self.tokenizer.encode(texts[0], add_special_tokens)])
-        else:
-            encoded = iter(self.tokenizer.encode_batch(texts, add_special_tokens) if texts else [])
+        encoded = iter(self.tokenizer.encode_batch(texts, add_special_tokens) if texts else [])
         tokenized = []
         for index, item in enumerate(parsed):
             ids = item["prompt_token_ids"] if "prompt_token_ids" in item else next(encoded)
@@ -173,8 +173,10 @@ class InputProcessor:
         arrival_time: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: Tenant = Tenant(),  # noqa: B008 (frozen)
     ) -> Request:
-        """The core's record of a request. `params` is what `resolve_params` returned."""
+        """The core's record of a request. `params` is what `resolve_params` returned. cache_salt: None takes the
+        prompt's own."""
         _check_salt(cache_salt)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParameterError("priority", f"must be an integer, got {priority!r}")
@@ -189,6 +191,7 @@ class InputProcessor:
             cache_salt=prompt.cache_salt if cache_salt is None else cache_salt,
             child_ids=child_ids(request_id, params.n),
             bad_words_token_ids=self.checker.bad_words_token_ids(params) if params.bad_words else (),
+            tenant=tenant,
         )
 
     def resolve_params(self, params: SamplingParams | None) -> SamplingParams:

@@ -4,25 +4,22 @@
 `LLM` and the command line are built on it; the asynchronous shell has the same parts.
 """
 
-import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from mini_vllm.config import EngineConfig
-from mini_vllm.core.kv_cache_manager import KVCacheManager
-from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.core.scheduler_output import SchedulerStats
 from mini_vllm.engine.arg_utils import EngineArgs
-from mini_vllm.engine.core import EngineCore
+from mini_vllm.engine.builder import plan_input_processor, start_core
 from mini_vllm.engine.core_client import EngineCoreClient, InprocClient
 from mini_vllm.engine.input_processor import InputProcessor, PromptType, TokenizedPrompt
 from mini_vllm.engine.output_processor import OutputProcessor
+from mini_vllm.engine.stats import IterationStats, StatLoggerBase
 from mini_vllm.engine.stats_logger import StatLogger
 from mini_vllm.engine.trace import StepRecord
 from mini_vllm.exceptions import InvalidParameterError
-from mini_vllm.executor.base import Executor
 from mini_vllm.logger import init_logger
 from mini_vllm.outputs import RequestOutput
+from mini_vllm.request import Tenant
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.text.tokenizer import Tokenizer
 
@@ -49,7 +46,7 @@ class LLMEngine:
         self.input_processor = input_processor
         self.output_processor = output_processor
         self.config = config
-        self.stat_logger = StatLogger(engine_core.now()) if log_stats else None
+        self.stat_logger: StatLoggerBase | None = StatLogger(engine_core.now()) if log_stats else None
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> "LLMEngine":
@@ -58,30 +55,12 @@ class LLMEngine:
         Raises `ConfigError`, `CheckpointError`, `UnsupportedModelError` or `KVCacheTooSmallError`.
         """
         tokenizer = args.load_tokenizer()
-        generation_config = args.load_generation_config()
         config = args.create_engine_config(tokenizer)
-        eos_token_ids = args.load_eos_token_ids(config.model.hf_config)
-
-        from mini_vllm.executor.uniproc import UniProcExecutor  # torch loads here, once the folder proved readable
-
-        executor = UniProcExecutor(config)
-        try:
-            core = build_core(config, executor)
-            input_processor = InputProcessor(
-                tokenizer,
-                max_model_len=executor.max_model_len,
-                vocab_size=config.model.hf_config.vocab_size,
-                generation_config=generation_config,
-                eos_token_ids=eos_token_ids,
-                max_logprobs=args.max_logprobs,
-                clock=core.clock,
-            )
-        except BaseException:
-            executor.shutdown()  # the error may be kept, the weights need not stay with it
-            raise
+        make_input_processor = plan_input_processor(args, tokenizer, config.model.hf_config)
+        core = start_core(config)
         return cls(
             InprocClient(core),
-            input_processor,
+            make_input_processor(max_model_len=core.executor.max_model_len, clock=core.clock),
             OutputProcessor(tokenizer),
             config=config,
             log_stats=not args.disable_log_stats,
@@ -97,12 +76,14 @@ class LLMEngine:
         arrival_time: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: Tenant = Tenant(),  # noqa: B008 (frozen)
     ) -> None:
         """Check and queue one request; nothing is queued if this raises `InvalidParameterError`.
 
         params: None takes the model's own defaults. arrival_time: seconds on the engine's clock; None is now.
         priority: a lower number goes first under scheduling_policy='priority'.
         cache_salt: prefixes are shared only among requests with the same salt.
+        tenant: who shares the engine with others under scheduling_policy='fair'.
         """
         self._require_new_id(request_id)
         params = self.input_processor.resolve_params(params)
@@ -115,6 +96,7 @@ class LLMEngine:
             arrival_time=arrival_time,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         for child_id in request.unborn_ids:
             self._require_unused(child_id)
@@ -139,18 +121,23 @@ class LLMEngine:
         unknown or finished are ignored."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self.engine_core.abort_requests(self.output_processor.core_ids(ids))
-        return self.output_processor.abort(ids, self.engine_core.now())
+        now = self.engine_core.now()
+        iteration = None if self.stat_logger is None else IterationStats(now)
+        outputs = self.output_processor.abort(ids, now, iteration)
+        if self.stat_logger is not None and iteration is not None:
+            self.stat_logger.record(None, iteration)
+        return outputs
 
     def step(self) -> list[RequestOutput]:
         """Advance every running request; returns what is new, by each request's `output_kind`."""
         news = self.engine_core.get_output()
-        now = self.engine_core.now()
-        outputs = self.output_processor.process(news.outputs, now)
+        now = news.timestamp or self.engine_core.now()
+        iteration = None if self.stat_logger is None else IterationStats(now)
+        outputs = self.output_processor.process(news.outputs, now, iteration)
         if stopped := self.output_processor.take_stopped():
             self.engine_core.stop_requests(stopped)
-        if self.stat_logger is not None:
-            counts = self.output_processor.num_prompt_tokens, self.output_processor.num_generation_tokens
-            self.stat_logger.record(news.stats, *counts, now)
+        if self.stat_logger is not None and iteration is not None:
+            self.stat_logger.record(news.stats, iteration)
         return outputs
 
     def has_unfinished_requests(self) -> bool:
@@ -194,17 +181,3 @@ class LLMEngine:
     def shutdown(self) -> None:
         """Give back the device's memory; the engine cannot be used afterwards."""
         self.engine_core.shutdown()
-
-
-def build_core(config: EngineConfig, executor: Executor, **kwargs: Any) -> EngineCore:
-    """Scheduler and block manager for the pool that `executor` allocated."""
-    kv_config = executor.kv_cache_config()
-    scheduler_config = dataclasses.replace(config.scheduler, max_model_len=executor.max_model_len)
-    kv = KVCacheManager(
-        kv_config.num_blocks,
-        kv_config.block_size,
-        enable_caching=config.cache.enable_prefix_caching,
-        num_groups=len(kv_config.groups),
-        same_step_sharing=scheduler_config.same_step_prefix_sharing,
-    )
-    return EngineCore(Scheduler(scheduler_config, kv), executor, **kwargs)

@@ -11,9 +11,9 @@ from typing import Protocol, TypeVar
 from mini_vllm.core.scheduler_output import SchedulerStats
 from mini_vllm.engine.input_processor import InputProcessor, PromptType, TokenizedPrompt
 from mini_vllm.engine.trace import StepRecord
-from mini_vllm.outputs import RequestOutput
+from mini_vllm.outputs import BeamSearchOutput, RequestOutput
 from mini_vllm.request import Tenant
-from mini_vllm.sampling_params import SamplingParams
+from mini_vllm.sampling_params import BeamSearchParams, SamplingParams
 from mini_vllm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class NewRequest:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
-    tenant: Tenant = Tenant()
+    tenant: Tenant = Tenant()  # noqa: RUF009 (frozen)
     arrival_time: float | None = None
     trace_headers: Mapping[str, str] | None = None
 
@@ -76,6 +76,18 @@ class EngineClient(Protocol):
     async def add_requests(self, requests: Sequence[NewRequest]) -> list[RequestStream]:
         """Queue all of these or, when this raises, none: `InvalidParameterError`, `OverloadedError`,
         `EngineDeadError`."""
+
+    async def beam_search(
+        self,
+        prompt: TokenizedPrompt,
+        params: BeamSearchParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        tenant: Tenant = Tenant(),  # noqa: B008 (frozen)
+    ) -> BeamSearchOutput:
+        """The likeliest continuations of a prompt, best first. Raises as `add_requests` does, and `RequestError`."""
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests in whatever state they are; their streams end with finish_reason 'abort'."""

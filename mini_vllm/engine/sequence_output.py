@@ -18,6 +18,8 @@ class SequenceOutput:
     """What one sequence generated so far.
 
     index: which of the samples of its prompt. stopped_by_text: a stop string was found, which the core cannot know.
+    num_new: ids of the last news that are the sequence's, which are all unless a stop string came before the last.
+    first_token_time, last_token_time: seconds on the core's clock, set by whoever owns it.
     """
 
     def __init__(
@@ -34,6 +36,9 @@ class SequenceOutput:
         self.stop_reason: int | str | None = None
         self.stopped_by_text = False
         self.num_preemptions = 0
+        self.num_new = 0
+        self.first_token_time: float | None = None
+        self.last_token_time: float | None = None
         self._min_tokens = params.min_tokens
         self._shows_stop = params.include_stop_str_in_output
         self._pieces: list[str] = []
@@ -62,6 +67,7 @@ class SequenceOutput:
         elif self._detokenizer is not None:
             self._read(self._detokenizer, news)
         self.token_ids += new_ids
+        self.num_new = len(new_ids)
         if self._logprobs is not None and news.logprobs:
             self._logprobs.add(news.logprobs[: len(new_ids)])
 
@@ -110,6 +116,11 @@ class SequenceOutput:
             self._pieces.append(text)
 
     # -- what callers get -------------------------------------------------------------------------------------
+
+    def is_due(self, interval: int) -> bool:
+        """Whether a caller who wants to hear every `interval` tokens is to hear of it now."""
+        num_unreported = len(self.token_ids) - self._num_reported
+        return num_unreported >= interval or self._num_reported == 0 or self.finish_reason is not None
 
     def report(self, delta: bool) -> CompletionOutput:
         """As of now, or (`delta`) what is new since the last report."""

@@ -2,13 +2,14 @@
 
 A `StepRecord` is made from the plan after the fact and costs a few references; text is rendered only when
 somebody reads it or the DEBUG log is on. Admission is strictly from the head of the queue, so the head's
-reason and the length of the queue account for every waiting request.
+reason and the length of the queue account for every waiting request; a detailed trace names them one by one.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mini_vllm.core.reporting import reason_of
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.core.scheduler_output import EngineCoreOutput, SchedulerOutput
 
@@ -32,6 +33,8 @@ class StepRecord:
     waiting_reason: str
     """Why the head of the queue waits; empty when nothing does."""
     kv_cache_usage: float
+    waiting: dict[str, str] = field(default_factory=dict)
+    """Every waiting request in queue order, with its reason; only in a detailed trace."""
 
     @property
     def total_num_scheduled_tokens(self) -> int:
@@ -56,13 +59,29 @@ class StepRecord:
 
 @dataclass
 class StepTrace:
-    """The last `capacity` records, oldest first."""
+    """The last `capacity` records, oldest first.
+
+    detailed: note every waiting request, which takes time and memory with the length of the queue.
+    """
 
     capacity: int = 256
+    detailed: bool = False
     records: deque[StepRecord] = field(init=False)
 
     def __post_init__(self) -> None:
         self.records = deque(maxlen=self.capacity)
+
+    def add(
+        self,
+        scheduler: Scheduler,
+        plan: SchedulerOutput,
+        outputs: Sequence[EngineCoreOutput],
+        start_time: float,
+        end_time: float,
+    ) -> None:
+        """Note a step that has just been applied."""
+        waiting = scheduler.waiting_reasons() if self.detailed else {}
+        self.records.append(record_step(scheduler, plan, outputs, start_time, end_time, waiting))
 
     def last(self, n: int | None = None) -> list[StepRecord]:
         """The newest `n` records (all when None), oldest first."""
@@ -76,21 +95,22 @@ def record_step(
     outputs: Sequence[EngineCoreOutput],
     start_time: float,
     end_time: float,
+    waiting: dict[str, str],
 ) -> StepRecord:
     """The record of a step that has just been applied."""
     head = scheduler.waiting.peek() if scheduler.waiting else None
-    detail = f": {head.waiting_detail}" if head is not None and head.waiting_detail else ""
     return StepRecord(
         step_id=plan.step_id,
         start_time=start_time,
         duration=end_time - start_time,
         num_scheduled_tokens=plan.num_scheduled_tokens,
         new_req_ids=[new.req_id for new in plan.new_reqs],
-        preempted_req_ids=plan.preempted_req_ids,
+        preempted_req_ids=scheduler.newly_preempted,
         finished={out.request_id: out.finish_reason for out in outputs if out.finish_reason is not None},
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
         waiting_head=None if head is None else head.request_id,
-        waiting_reason="" if head is None else f"{head.waiting_reason}{detail}",
+        waiting_reason="" if head is None else reason_of(head),
         kv_cache_usage=scheduler.kv.usage,
+        waiting=waiting,
     )

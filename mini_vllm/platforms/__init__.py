@@ -11,8 +11,9 @@ from mini_vllm.exceptions import ConfigError
 from mini_vllm.platforms.cpu import CpuPlatform
 from mini_vllm.platforms.cuda import CudaPlatform
 from mini_vllm.platforms.interface import Platform
+from mini_vllm.platforms.openmp import engine_environment
 
-__all__ = ["CpuPlatform", "CudaPlatform", "Platform", "current_platform", "select_platform"]
+__all__ = ["CpuPlatform", "CudaPlatform", "Platform", "current_platform", "engine_environment", "select_platform"]
 
 DEVICES = ("auto", "cpu", "cuda")
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 
 from mini_vllm.exceptions import InvalidParameterError
@@ -84,6 +84,12 @@ def compile_template(template: str) -> Template:
         raise InvalidParameterError("chat_template", f"syntax error in line {error.lineno}: {error.message}") from error
     except (TemplateError, RecursionError, OverflowError, SyntaxError) as error:
         raise InvalidParameterError("chat_template", f"cannot be compiled: {error}") from error
+
+
+def parse_template(template: str) -> nodes.Template:
+    """The syntax tree of a template. Raises as `compile_template` does."""
+    compile_template(template)
+    return _environment().parse(template)
 
 
 @lru_cache(maxsize=1)

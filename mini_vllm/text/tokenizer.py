@@ -63,8 +63,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. With `add_special_tokens`, whatever the tokenizer frames a text with (BOS)."""
-        ids: list[int] = self.backend.encode(self._prepared(text), add_special_tokens=add_special_tokens).ids
-        return self._framed(ids, add_special_tokens)
+        return self.encode_batch([text], add_special_tokens)[0]  # the library's `encode` would hold the GIL
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts at once, on several threads, without the offsets nobody reads."""

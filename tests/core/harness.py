@@ -15,7 +15,7 @@ from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.core.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from mini_vllm.engine.core import EngineCore
-from mini_vllm.request import LoRARequest, Request
+from mini_vllm.request import LoRARequest, Request, Tenant
 from mini_vllm.sampling_params import SamplingParams
 
 EOS = 256
@@ -34,6 +34,8 @@ def make_request(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = True,
     n: int = 1,
+    tenant: str = "",
+    user: str = "",
     **params: Any,
 ) -> Request:
     """A request whose prompt is given, or `prompt` tokens that no other request id shares."""
@@ -58,6 +60,7 @@ def make_request(
         lora_request=lora,
         max_model_len=max_model_len,
         child_ids=[f"{index}_{request_id}" for index in range(1, n)],
+        tenant=Tenant(tenant, user),
     )
 
 
@@ -258,7 +261,7 @@ class PagedExecutor:
 def make_engine(*, num_blocks: int = 64, block_size: int = 4, **kwargs: Any) -> tuple[EngineCore, PagedExecutor]:
     scheduler = make_scheduler(num_blocks=num_blocks, block_size=block_size, **kwargs)
     executor = PagedExecutor(num_blocks, block_size)
-    return EngineCore(scheduler, executor, clock=lambda: 0.0), executor
+    return EngineCore(scheduler, executor), executor
 
 
 def run_engine(engine: EngineCore, *, max_steps: int = 2000) -> int:

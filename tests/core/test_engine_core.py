@@ -8,7 +8,7 @@ import pytest
 
 from mini_vllm.core.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from mini_vllm.engine.core import EngineCore
-from mini_vllm.exceptions import InvalidParameterError, PromptTooLongError
+from mini_vllm.exceptions import EngineDeadError, InvalidParameterError, PromptTooLongError
 from mini_vllm.request import Request, WaitingReason
 from tests.core.harness import (
     PagedExecutor,
@@ -325,3 +325,28 @@ def test_resetting_the_prefix_cache_makes_the_next_request_compute_everything() 
     run_engine(engine)
     assert request.num_cached_tokens == 0
     assert_right_outputs(request)
+
+
+def test_an_executor_that_fails_whatever_it_is_asked_ends_the_engine() -> None:
+    """Its requests got their errors; telling it for ever who left would keep a processor busy and fill the log."""
+    engine, executor = make_engine()
+    executor.fail_on = lambda plan: True
+    engine.add_request(make_request("a", 4))
+    assert [news.finish_reason for news in engine.step().outputs] == ["error"]
+    with pytest.raises(EngineDeadError, match="RuntimeError: the device is on fire"):
+        for _ in range(5):
+            engine.step()
+    assert_nothing_leaked(engine.scheduler)
+
+
+def test_requests_that_fail_one_after_the_other_do_not() -> None:
+    engine, executor = make_engine()
+    executor.fail_on = lambda plan: bool(plan.num_scheduled_tokens)
+    for i in range(20):
+        engine.add_request(make_request(f"r{i}", 4))
+        assert [news.finish_reason for news in engine.step().outputs] == ["error"]
+    executor.fail_on = lambda plan: False
+    after = make_request("after", 4)
+    engine.add_request(after)
+    run_engine(engine)
+    assert_right_outputs(after)

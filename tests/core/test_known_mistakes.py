@@ -244,3 +244,31 @@ def test_two_engines_side_by_side_share_nothing() -> None:
     for engine, request in zip(engines, requests, strict=True):
         finish(engine, request)
     assert requests[0].output_token_ids != requests[1].output_token_ids
+
+
+@pytest.mark.parametrize("preemption_policy", ["latest", "least-work"])
+def test_one_tenants_crowd_does_not_keep_anothers_one_request_waiting(preemption_policy: str) -> None:
+    """First come, first served lets whoever sends most have everything."""
+    engine, _ = make_engine(num_blocks=17, policy="fair", preemption_policy=preemption_policy, max_num_seqs=4)
+    crowd = [make_request(f"r{i}", 6, max_tokens=6, tenant="crowd") for i in range(200)]
+    submit(engine, *crowd)
+    for _ in range(5):
+        engine.step()
+    single = make_request("single", 6, max_tokens=6, tenant="single")
+    submit(engine, single)
+    for _ in range(14):  # six for the longest of those who run, six of its own, one to be admitted
+        engine.step()
+    assert single.is_finished and sum(not request.is_finished for request in crowd) > 150
+    finish(engine, single, *crowd)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
+def test_two_that_do_not_fit_together_do_not_push_each_other_out_for_ever(policy: str) -> None:
+    """Whichever gives way, one of them must get to its end, and then the other."""
+    engine, _ = make_engine(
+        num_blocks=9, policy=policy, preemption_policy="least-work", enable_caching=False, max_num_batched_tokens=8
+    )
+    both = [make_request(name, 12, max_tokens=20, tenant=name) for name in "ab"]
+    submit(engine, *both)
+    finish(engine, *both)
+    assert 0 < engine.scheduler.num_preemptions < 10

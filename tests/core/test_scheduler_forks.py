@@ -126,7 +126,7 @@ def test_without_the_copies_a_child_reads_foreign_kv() -> None:
 
     scheduler = make_scheduler()
     forgetful = Forgetful(scheduler.config, KVCacheManager(64, 4))
-    engine = EngineCore(forgetful, PagedExecutor(64, 4), clock=lambda: 0.0)
+    engine = EngineCore(forgetful, PagedExecutor(64, 4))
     engine.add_request(make_request("r", 7, n=2))
     ledger = Ledger(engine).run()
     assert "holds other KV" in str(ledger.ends["1_r"].error)

@@ -27,7 +27,8 @@ def test_defaults_are_vllms() -> None:
         "generation_config": "auto", "seed": 0, "load_format": "auto", "block_size": 16, "enable_prefix_caching": True,
         "kv_cache_memory_bytes": None, "num_gpu_blocks_override": None, "max_num_batched_tokens": 2048,
         "max_num_seqs": 256, "long_prefill_token_threshold": 0, "scheduling_policy": "fcfs", "tensor_parallel_size": 1,
-        "attention_backend": None,
+        "attention_backend": None, "preemption_policy": "latest", "tenant_weights": {}, "step_trace_capacity": 256,
+        "step_trace_detailed": False,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -88,7 +89,16 @@ def test_no_argument_is_both_here_and_not_here() -> None:
         ("max_model_len", 0, "at least 1"),
         ("max_model_len", "lots", "with a unit"),
         ("max_model_len", 10**6, "more than the 256 tokens"),
-        ("scheduling_policy", "lifo", "'fcfs' or 'priority'"),
+        ("scheduling_policy", "lifo", "one of fcfs, priority, fair, got 'lifo'"),
+        ("preemption_policy", "oldest", "one of latest, least-work, got 'oldest'"),
+        ("tenant_weights", "chat", "names and numbers above 0"),
+        ("tenant_weights", "chat=0", "names and numbers above 0"),
+        ("tenant_weights", "chat=nan", "names and numbers above 0"),
+        ("tenant_weights", {"chat": True}, "names and numbers above 0"),
+        ("tenant_weights", 2, "a mapping, or text"),
+        ("tenant_weights", "a=1,b=2,a=3", "each tenant once"),
+        ("step_trace_capacity", -1, "at least 0"),
+        ("step_trace_detailed", 1, "must be bool"),
         ("load_format", "pt", "auto.*, got 'pt'"),
         ("tensor_parallel_size", 2, "only 1"),
         ("num_threads", 0, "at least 1"),
@@ -108,6 +118,20 @@ def test_bad_values_are_refused_by_name_and_limit(llama: Path, name: str, value:
 )  # fmt: skip
 def test_sizes_have_units(text: Any, value: int) -> None:
     assert parse_size("x", text) == value
+
+
+@pytest.mark.parametrize("value", ["batch=0.5, chat=2,=3", {"batch": 0.5, "chat": 2, "": 3}])
+def test_tenants_weights_are_text_or_a_mapping(value: Any) -> None:
+    args = EngineArgs(scheduling_policy="fair", tenant_weights=value, preemption_policy="least-work")
+    assert args.tenant_weights == {"batch": 0.5, "chat": 2, "": 3}
+    scheduler = args.create_engine_config().scheduler
+    assert (scheduler.policy, scheduler.preemption_policy) == ("fair", "least-work")
+    assert scheduler.tenant_weights == args.tenant_weights
+
+
+def test_what_is_noted_of_each_step_reaches_the_config() -> None:
+    config = EngineArgs(step_trace_capacity=7, step_trace_detailed=True).create_engine_config().observability
+    assert (config.step_trace_capacity, config.step_trace_detailed) == (7, True)
 
 
 def test_max_model_len_may_be_auto() -> None:

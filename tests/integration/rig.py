@@ -13,13 +13,21 @@ from typing import Any
 
 import torch
 
-from mini_vllm.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mini_vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    EngineConfig,
+    ModelConfig,
+    PreemptionPolicy,
+    SchedulerConfig,
+    SchedulingPolicy,
+)
 from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.engine.core import EngineCore
 from mini_vllm.executor.uniproc import UniProcExecutor
 from mini_vllm.hf_config import HFConfig
-from mini_vllm.request import Request
+from mini_vllm.request import Request, Tenant
 from mini_vllm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 128
@@ -95,6 +103,8 @@ class Rig:
         max_num_seqs: int = 64,
         same_step_sharing: bool = True,
         shuffle: int | None = None,
+        policy: SchedulingPolicy = "fcfs",
+        preemption_policy: PreemptionPolicy = "latest",
     ) -> EngineCore:
         """An engine in float32 whose pool has `num_blocks` blocks; `shuffle` seeds a random physical order."""
         max_model_len = min(self.max_model_len, (num_blocks - 1) * block_size)
@@ -104,6 +114,8 @@ class Rig:
             long_prefill_token_threshold=threshold,
             max_model_len=max_model_len,
             same_step_prefix_sharing=same_step_sharing,
+            policy=policy,
+            preemption_policy=preemption_policy,
         )
         config = EngineConfig(
             model=ModelConfig(str(self.folder), self._hf_config, "float32", max_model_len),
@@ -166,7 +178,14 @@ def run(
             for index in arriving[: 1 if arrive_every else None]:
                 job = jobs[index]
                 engine.add_request(
-                    Request(str(index), job.prompt, job.params, max_model_len=engine.executor.max_model_len)
+                    Request(
+                        str(index),
+                        job.prompt,
+                        job.params,
+                        max_model_len=engine.executor.max_model_len,
+                        priority=index % 3,
+                        tenant=Tenant(f"key{index % 2}", f"user{index % 3}"),
+                    )
                 )
             arriving = arriving[1:] if arrive_every else []
         collect(engine, outcome)

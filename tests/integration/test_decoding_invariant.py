@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from mini_vllm.core import scheduler
 from mini_vllm.core.scheduler import Scheduler
-from mini_vllm.core.scheduler_output import NewRequestData, SchedulerOutput
+from mini_vllm.core.scheduler_output import BlockIds, NewRequestData, SchedulerOutput
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.llm_engine import LLMEngine
 from mini_vllm.outputs import LogprobsAtPosition, RequestOutput
@@ -136,17 +137,17 @@ def test_a_resumed_request_that_forgot_its_penalties_is_noticed(
     make: MakeEngine, plain: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Broken control of preemption."""
-    original = Scheduler._new_request_data
+    original = scheduler.new_request_data
 
-    def forgetful(self: Scheduler, request: Request) -> NewRequestData:
-        data = original(self, request)
+    def forgetful(request: Request, block_ids: BlockIds) -> NewRequestData:
+        data = original(request, block_ids)
         if request.num_preemptions:
             neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
             data.sampling_params = dataclasses.replace(data.sampling_params, **neutral)  # type: ignore[arg-type]
             data.bad_words_token_ids = []
         return data
 
-    monkeypatch.setattr(Scheduler, "_new_request_data", forgetful)
+    monkeypatch.setattr(scheduler, "new_request_data", forgetful)
     assert essence(serve(make(**SHAPES["preemption"]), JOBS, PROMPTS)) != essence(plain)
 
 
@@ -170,14 +171,14 @@ def test_samples_that_all_draw_from_the_parents_stream_are_noticed(
     make: MakeEngine, plain: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Broken control of `n`: a child that draws with the index of its parent."""
-    original = Scheduler._new_request_data
+    original = scheduler.new_request_data
 
-    def same_stream(self: Scheduler, request: Request) -> NewRequestData:
-        data = original(self, request)
+    def same_stream(request: Request, block_ids: BlockIds) -> NewRequestData:
+        data = original(request, block_ids)
         data.sample_index = 0
         return data
 
-    monkeypatch.setattr(Scheduler, "_new_request_data", same_stream)
+    monkeypatch.setattr(scheduler, "new_request_data", same_stream)
     assert essence(serve(make(), JOBS, PROMPTS)) != essence(plain)
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini_vllm.attention.torch_ref import TorchRefBackend
+from mini_vllm.config import PreemptionPolicy, SchedulingPolicy
 from mini_vllm.core import block_pool
 from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.scheduler import Scheduler
@@ -109,6 +110,44 @@ def test_a_pool_that_forces_preemptions_gives_the_same_tokens(
     assert outcome.tokens == reference
 
 
+@pytest.mark.parametrize("preemption_policy", ["latest", "least-work"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
+def test_whoever_goes_first_and_whoever_gives_way_the_tokens_are_the_same(
+    rig: Rig, reference: list[list[int]], policy: SchedulingPolicy, preemption_policy: PreemptionPolicy
+) -> None:
+    engine = rig.engine(
+        block_size=8, num_blocks=tight_pool(8), budget=40, policy=policy, preemption_policy=preemption_policy
+    )
+    outcome = run(engine, JOBS, arrive_every=1)
+    assert outcome.num_preemptions > 0
+    assert outcome.tokens == reference
+
+
+def test_another_victim_that_keeps_its_old_row_is_noticed(
+    rig: Rig, reference: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken control: who gave way under fair and least-work goes on as if its blocks were still its own."""
+    computed: dict[str, int] = {}
+    preempt, find = Scheduler._to_waiting, KVCacheManager.get_computed_blocks
+
+    def forgetful(self: Scheduler, request: Request) -> None:
+        computed[request.request_id] = request.num_computed_tokens
+        preempt(self, request)
+
+    def never_left(self: KVCacheManager, request: Request) -> tuple[Any, int]:
+        hits, num_cached = find(self, request)
+        return hits, computed.get(request.request_id, num_cached)
+
+    monkeypatch.setattr(Scheduler, "_to_waiting", forgetful)
+    monkeypatch.setattr(KVCacheManager, "get_computed_blocks", never_left)
+    engine = rig.engine(
+        block_size=8, num_blocks=tight_pool(8), budget=40, policy="fair", preemption_policy="least-work", caching=False
+    )
+    outcome = run(engine, JOBS, arrive_every=1)
+    assert outcome.num_preemptions > 0
+    assert outcome.tokens != reference
+
+
 @pytest.mark.parametrize("same_step_sharing", [False, True])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_a_cold_and_a_warm_prefix_cache_give_the_same_tokens(
@@ -177,6 +216,8 @@ SHAPES = st.fixed_dictionaries(
         "caching": st.booleans(),
         "same_step_sharing": st.booleans(),
         "shuffle": st.integers(0, 1000),
+        "policy": st.sampled_from(["fcfs", "priority", "fair"]),
+        "preemption_policy": st.sampled_from(["latest", "least-work"]),
     }
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mini_vllm.core.scheduler_output import ModelRunnerOutput, SchedulerOutput
 from mini_vllm.exceptions import PromptTooLongError
-from mini_vllm.request import Request, RequestStatus
+from mini_vllm.request import Request, RequestStatus, Tenant
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.toy import TOY_MODELS, ToyEngine, ToyExecutor
 from tests.core.harness import PagedMemory, assert_nothing_leaked
@@ -59,6 +59,7 @@ class Arrival:
     params: SamplingParams
     priority: int
     salt: str | None
+    tenant: Tenant
     abort_step: int | None
 
 
@@ -91,7 +92,8 @@ def random_knobs(rng: random.Random, arrivals: list[Arrival]) -> dict[str, Any]:
         "max_num_batched_tokens": rng.choice([1, 3, 5, 8, 16, 64, 64]),
         "long_prefill_token_threshold": rng.choice([0, 0, 1, 3, 8]),
         "max_num_seqs": rng.choice([1, 3, 8, 8]),
-        "policy": rng.choice(["fcfs", "priority"]),
+        "policy": rng.choice(["fcfs", "priority", "fair", "fair"]),
+        "preemption_policy": rng.choice(["latest", "least-work"]),
     }
 
 
@@ -108,6 +110,7 @@ def random_arrivals(rng: random.Random) -> list[Arrival]:
                 params=random_params(rng),
                 priority=rng.choice([0, 0, 1, -3]),
                 salt=rng.choice([None, None, None, "x", "y"]),
+                tenant=Tenant(rng.choice(["", "p", "q"]), rng.choice(["", "u"])),
                 abort_step=step + rng.randint(0, 15) if rng.random() < 0.25 else None,
             )
         )
@@ -178,7 +181,11 @@ class RandomRun:
         kv = self.engine.scheduler.kv
         try:
             rid = self.engine.add_request(
-                arrival.prompt, arrival.params, priority=arrival.priority, cache_salt=arrival.salt
+                arrival.prompt,
+                arrival.params,
+                priority=arrival.priority,
+                cache_salt=arrival.salt,
+                tenant=arrival.tenant,
             )
         except PromptTooLongError:
             assert not kv.can_ever_fit(len(arrival.prompt))

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from mini_vllm.core import scheduler
 from mini_vllm.core.block_pool import BlockPool, KVCacheBlock
 from mini_vllm.core.kv_cache_manager import KVCacheManager
-from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.request import Request
 from tests.toy.random_runs import Outcome, RandomRun
 
@@ -98,7 +98,7 @@ def forgotten_free(patch: pytest.MonkeyPatch) -> None:
 
 def lost_refund(patch: pytest.MonkeyPatch) -> None:
     """A victim that was already scheduled stays in the plan."""
-    patch.setattr(Scheduler, "_unschedule", staticmethod(lambda request_id, plan: None))
+    patch.setattr(scheduler, "unschedule", lambda request_id, plan: plan.num_scheduled_tokens.pop(request_id, 0))
 
 
 Breakage = Callable[[pytest.MonkeyPatch], None]
