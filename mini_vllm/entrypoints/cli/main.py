@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mini_vllm import __version__
-from mini_vllm.entrypoints.cli import bench, collect_env, convert, demo, generate, train_bpe
+from mini_vllm.entrypoints.cli import bench, collect_env, convert, demo, generate, plan, simulate, train_bpe
 from mini_vllm.exceptions import MiniVLLMError
 from mini_vllm.logger import init_logger
 
@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(subparsers)
     demo.add_parser(subparsers)
     bench.add_parser(subparsers)
+    plan.add_parser(subparsers)
+    simulate.add_parser(subparsers)
     convert.add_parser(subparsers)
     train_bpe.add_parser(subparsers)
     collect_env.add_parser(subparsers)
