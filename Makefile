@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := mini_vllm tests benchmarks scripts training $(wildcard examples)
 PYTEST_ARGS ?=
+MODEL ?=
+SERVE_ARGS ?=
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo test lint format typecheck unit test-slow bench-step clean
+.PHONY: help env env-dev demo serve test lint format typecheck unit test-slow bench-step clean
 
 help:  ## Show this list
 	@echo "usage: make <target>"; echo
@@ -22,6 +24,9 @@ env-dev:
 
 demo: env  ## Complete several prompts at once with the bundled model (installs what is missing)
 	@$(BIN)/mini-vllm demo
+
+serve: env  ## Serve the bundled model, or MODEL=..., on http://127.0.0.1:8000 (SERVE_ARGS="..." for flags)
+	@$(BIN)/mini-vllm serve $(MODEL) $(SERVE_ARGS)
 
 test: lint unit  ## Lint, type check, import contracts and the quick tests (installs what is missing)
 

@@ -12,6 +12,7 @@ from mini_vllm.engine.core import EngineCore
 from mini_vllm.engine.messages import (
     AbortRequests,
     AddRequests,
+    Ended,
     EngineCoreRequest,
     ErrorReport,
     FromEngine,
@@ -58,8 +59,10 @@ class CoreLoop:
                 self._add(message.requests)
             case AbortRequests():
                 self.core.abort_requests(message.request_ids)
+                self.send(Ended(message.request_ids))
             case StopRequests():
                 self.core.stop_requests(message.request_ids)
+                self.send(Ended(message.request_ids))
             case UtilityCall():
                 self.send(self._answer(message))
             case Shutdown():

@@ -42,6 +42,8 @@ TO_ENGINE, FROM_ENGINE = "to-engine", "from-engine"
 """The two sockets in the folder. Whoever reads from one binds it, so that its writer can write before that."""
 
 PARENT_CHECK_SECONDS = 1.0
+TERMINATION_GRACE_SECONDS = 2.0
+"""Idle time after a SIGTERM. Often the parent got one, too: then it drains, and says itself when to stop."""
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -52,7 +54,7 @@ class Connection:
     def __init__(self, folder: str, parent_pid: int) -> None:
         self.parent_pid = parent_pid
         self.heartbeat = PARENT_CHECK_SECONDS
-        self.stop_when_idle = False
+        self.is_terminated = False
         self._context = zmq.Context(io_threads=1)
         self._inbox, self._outbox = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
         for socket in (self._inbox, self._outbox):
@@ -73,11 +75,15 @@ class Connection:
 
     def _wait(self) -> None:
         """Until a message is there, or there is nobody left to send one."""
-        while not self.stop_when_idle and not self._inbox.poll(int(min(self.heartbeat, PARENT_CHECK_SECONDS) * 1000)):
+        start = time.monotonic()
+        while not self._inbox.poll(int(min(self.heartbeat, PARENT_CHECK_SECONDS) * 1000)):
+            now = time.monotonic()
             if os.getppid() != self.parent_pid:
                 logger.error("the parent process is gone")
                 return
-            if time.monotonic() - self._last_sent >= self.heartbeat:
+            if self.is_terminated and now - start >= TERMINATION_GRACE_SECONDS:
+                return
+            if now - self._last_sent >= self.heartbeat:
                 self.send(Heartbeat())
 
     def send(self, message: FromEngine) -> None:
@@ -125,15 +131,15 @@ def _serve(connection: Connection) -> int:
 
 
 class _Terminator:
-    """SIGTERM: stop once nothing is left to do, or at once when it comes again."""
+    """SIGTERM: stop once there has been nothing to do for a while, or at once when it comes again."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        if self.connection.stop_when_idle:
+        if self.connection.is_terminated:
             raise SystemExit(128 + signum)
-        self.connection.stop_when_idle = True
+        self.connection.is_terminated = True
 
 
 def _become_engine(parent_pid: int) -> None:

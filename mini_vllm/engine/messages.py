@@ -182,7 +182,13 @@ class Dying(msgspec.Struct, array_like=True, tag=4):
     error: ErrorReport
 
 
-FromEngine = Ready | News | UtilityResult | Heartbeat | Dying
+class Ended(msgspec.Struct, array_like=True, tag=5):
+    """The answer to `AbortRequests` and `StopRequests`: no news of these follow, unless they are added again."""
+
+    request_ids: list[str]
+
+
+FromEngine = Ready | News | UtilityResult | Heartbeat | Dying | Ended
 
 
 # -- as bytes --------------------------------------------------------------------------------------------------

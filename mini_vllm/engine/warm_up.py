@@ -16,7 +16,7 @@ def warm_up(core: EngineCore) -> None:
     """A short prompt and one more token, greedy and drawn. What it writes into free blocks nobody reads."""
     kv, config = core.scheduler.kv, core.scheduler.config
     room = kv.block_pool.num_usable_blocks // kv.num_groups * kv.block_size
-    length = min(_MAX_PROMPT, config.max_num_batched_tokens, room - 1, core.executor.max_model_len - 1)
+    length = min(_MAX_PROMPT, config.max_num_batched_tokens, room - 1, core.executor.max_model_len - 2)
     if length < 1:
         return
     for params in (SamplingParams(temperature=0.0), SamplingParams(seed=0)):

@@ -19,6 +19,7 @@ from mini_vllm.engine.messages import (
     AbortRequests,
     AddRequests,
     Dying,
+    Ended,
     EngineCoreRequest,
     ErrorReport,
     Heartbeat,
@@ -140,7 +141,7 @@ def test_the_other_messages_reach_the_engine(message: Any) -> None:
 @pytest.mark.parametrize(
     "message",
     [UtilityResult(7, encode({"a": "b"})), UtilityResult(8, error=ErrorReport("AssertionError", "lost")), Heartbeat(),
-     Dying(ErrorReport("RuntimeError", "bug"))],
+     Ended(["a"]), Dying(ErrorReport("RuntimeError", "bug"))],
 )  # fmt: skip
 def test_the_other_messages_reach_the_shell(message: Any) -> None:
     assert decode_from_engine(encode(message)) == message
