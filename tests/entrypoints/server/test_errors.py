@@ -52,12 +52,19 @@ async def error(body: Any, **options: Any) -> dict[str, Any]:
         (b'{"metadata": "\xed\xa0\x80"}', "not UTF-8"),
         (b'\xff\xfe{"a": 1}', "not valid JSON"),
         ('{"metadata": 1}'.encode("utf-16"), "not valid JSON"),
-        (b'{"metadata":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-        (b'{"metadata":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001, "nested too deeply"),
+        (b'{"metadata":' + b"[" * 40_000 + b"]" * 40_000 + b"}", "nested too deeply"),
+        (b'{"metadata":' + b'{"a":' * 40_000 + b"1" + b"}" * 40_001, "nested too deeply"),
+        (b'{"metadata":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "more than 50000 objects and lists"),
+        (b'{"metadata":[' + b"{}," * 50_000 + b"{}]}", "more than 50000 objects and lists"),
     ],
 )
 async def test_a_body_that_is_no_strict_json_is_said_to_be_none(body: bytes, says: str) -> None:
     assert says in (await error(body))["message"]
+
+
+async def test_brackets_inside_of_text_are_text() -> None:
+    answer = await post({"messages": [{"role": "user", "content": '[{"' * 50_000}]})
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"[]", b"3", b'"text"', b"null", b"true", b"1e3", b""])
