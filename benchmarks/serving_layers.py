@@ -24,7 +24,11 @@ from mini_vllm.bench.serve.options import ENDPOINTS
 from mini_vllm.engine.arg_utils import DEFAULT_MODEL, EngineArgs
 from mini_vllm.engine.async_llm import AsyncLLM
 from mini_vllm.engine.builder import read_text_half
-from mini_vllm.engine.messages import (
+from mini_vllm.engine.metrics.prometheus import ServerMetrics
+from mini_vllm.engine.metrics.stats import IterationStats, StatLoggerBase
+from mini_vllm.engine.metrics.stats_logger import StatLogger
+from mini_vllm.engine.output_processor import OutputProcessor
+from mini_vllm.engine.process.messages import (
     AbortRequests,
     AddRequests,
     Ended,
@@ -36,11 +40,7 @@ from mini_vllm.engine.messages import (
     decode_from_engine,
     encode,
 )
-from mini_vllm.engine.output_processor import OutputProcessor
-from mini_vllm.engine.prometheus import ServerMetrics
 from mini_vllm.engine.protocol import NewRequest
-from mini_vllm.engine.stats import IterationStats, StatLoggerBase
-from mini_vllm.engine.stats_logger import StatLogger
 from mini_vllm.entrypoints.server.app import build_app
 from mini_vllm.entrypoints.server.serve_args import ServeArgs
 from mini_vllm.entrypoints.server.state import make_state

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput, EngineCoreOutputs, SchedulerStats, TokenLogprobs
-from mini_vllm.engine import mp_client
 from mini_vllm.engine.arg_utils import EngineArgs
-from mini_vllm.engine.core_loop import CoreLoop
-from mini_vllm.engine.core_proc import Connection
-from mini_vllm.engine.engine_process import EngineProcess
-from mini_vllm.engine.messages import EngineInfo, Ready, Start
+from mini_vllm.engine.process import mp_client
+from mini_vllm.engine.process.core_loop import CoreLoop
+from mini_vllm.engine.process.core_proc import Connection
+from mini_vllm.engine.process.engine_process import EngineProcess
+from mini_vllm.engine.process.messages import EngineInfo, Ready, Start
 from mini_vllm.request import Request
 
 MAX_MODEL_LEN = 4096
@@ -129,7 +129,7 @@ def stub_core(args: EngineArgs, pace: Pace) -> tuple[StubCore, EngineInfo]:
 
 
 def run_engine(folder: str, parent_pid: int, pace: Pace) -> None:
-    """In the place of `engine/core_proc.py`."""
+    """In the place of `engine/process/core_proc.py`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent says when to stop
     connection = Connection(folder, parent_pid)

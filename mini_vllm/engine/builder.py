@@ -17,7 +17,7 @@ from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.core import EngineCore
 from mini_vllm.engine.input_processor import InputProcessor, sampling_params_of
-from mini_vllm.engine.messages import EngineInfo
+from mini_vllm.engine.process.messages import EngineInfo
 from mini_vllm.executor.base import Executor
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.text.tokenizer import Tokenizer
