@@ -12,38 +12,41 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from mini_vllm.core.scheduler_output import EngineCoreOutput, EngineCoreOutputs, SchedulerStats
+from mini_vllm.core.scheduler_output import SchedulerStats
 from mini_vllm.engine.admission import Admission
 from mini_vllm.engine.arg_utils import EngineArgs
-from mini_vllm.engine.async_core_client import AsyncCoreClient, ThreadCoreClient
 from mini_vllm.engine.beam_search import BeamSearch, drive_beam_search
 from mini_vllm.engine.builder import read_text_half
 from mini_vllm.engine.input_processor import InputProcessor, PromptType, TokenizedPrompt
 from mini_vllm.engine.intake import Intake
-from mini_vllm.engine.messages import AbortRequests, AddRequests, EngineCoreRequest, News, StopRequests, UtilityResult
-from mini_vllm.engine.mp_client import DEFAULT_WATCHDOG_TIMEOUT, ProcessCoreClient
+from mini_vllm.engine.metrics.stats import StatLoggerBase
+from mini_vllm.engine.metrics.tracing import RequestTracer
 from mini_vllm.engine.output_processor import OutputProcessor
-from mini_vllm.engine.output_stream import OutputStream
+from mini_vllm.engine.process.async_core_client import AsyncCoreClient, ThreadCoreClient
+from mini_vllm.engine.process.messages import (
+    AddRequests,
+    Ended,
+    EngineCoreRequest,
+    News,
+    UtilityResult,
+)
+from mini_vllm.engine.process.mp_client import DEFAULT_WATCHDOG_TIMEOUT, ProcessCoreClient
+from mini_vllm.engine.process.utility_calls import UtilityCalls
 from mini_vllm.engine.protocol import NewRequest, RequestStream
 from mini_vllm.engine.request_trace import RequestTraceRecorder
-from mini_vllm.engine.stats import IterationStats, StatLoggerBase, record_all
 from mini_vllm.engine.text_pool import DEFAULT_TIMEOUT, TextPool
 from mini_vllm.engine.trace import StepRecord
-from mini_vllm.engine.tracing import RequestTracer
-from mini_vllm.engine.utility_calls import UtilityCalls
-from mini_vllm.exceptions import EngineDeadError, InvalidParameterError, OverloadedError, RequestError
+from mini_vllm.engine.unfinished import UnfinishedRequests
+from mini_vllm.exceptions import EngineDeadError, InvalidParameterError, OverloadedError
 from mini_vllm.logger import init_logger
 from mini_vllm.outputs import BeamSearchOutput, RequestOutput
-from mini_vllm.request import Request, Tenant
-from mini_vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from mini_vllm.request import Tenant
+from mini_vllm.sampling_params import BeamSearchParams, SamplingParams
 from mini_vllm.text.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
 
 T = TypeVar("T")
-
-CHUNK = 128
-"""Sequences whose news are processed before the event loop gets a turn."""
 
 
 class AsyncLLM:
@@ -63,17 +66,15 @@ class AsyncLLM:
         self.input_processor = input_processor
         self.output_processor = output_processor
         self.stat_loggers = stat_loggers
+        self._unfinished = UnfinishedRequests(client, output_processor, admission or Admission(), stat_loggers)
         self._intake = Intake(input_processor, output_processor, client.info.max_request_tokens)
-        self._admission = admission or Admission()
         self._text_pool = text_pool or TextPool()
-        self._streams: dict[str, OutputStream] = {}
         self._calls = UtilityCalls(client.send)
         self._down: str | None = None  # why no engine serves just now
         self._dead_error: EngineDeadError | None = None  # why none ever will again
         self._restart_seconds = 1.0
         self._is_draining = False
-        self._dead, self._idle = asyncio.Event(), asyncio.Event()
-        self._idle.set()
+        self._dead = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @classmethod
@@ -152,25 +153,17 @@ class AsyncLLM:
             self.client.send(AddRequests([EngineCoreRequest.of(request) for request in made]))
         except InvalidParameterError:
             for request in made:
-                self._forget(request.request_id)
+                self._unfinished.forget(request.request_id)
             raise
-        return [self._open_stream(request, new) for request, new in zip(made, requests, strict=True)]
-
-    def _open_stream(self, request: Request, new: NewRequest) -> OutputStream:
-        self.output_processor.add_request(request, new.prompt.text, new.trace_headers)
-        merges = request.sampling_params.output_kind is RequestOutputKind.DELTA
-        stream = self._streams[request.request_id] = OutputStream(request.request_id, merges, self._leave)
-        return stream
+        return [self._unfinished.open_stream(request, new) for request, new in zip(made, requests, strict=True)]
 
     def _admit(self, sizes: Mapping[str, int]) -> None:
         """sizes: tokens of the prompt by request id."""
         try:
-            self._admission.admit(sizes)
+            self._unfinished.admit(sizes)
         except OverloadedError as error:
             self._count_rejection(error)
             raise
-        if sizes:
-            self._idle.clear()
 
     def _require_open(self) -> None:
         """Unless requests are taken just now."""
@@ -240,32 +233,11 @@ class AsyncLLM:
         try:
             await drive_beam_search(search, request, lambda beams: self._add(beams, within=request_id))
         finally:
-            self._forget(request_id)
+            self._unfinished.forget(request_id)
         return search.outputs()[0]
 
-    # -- aborts -----------------------------------------------------------------------------------------------
-
     async def abort(self, request_ids: str | Iterable[str]) -> None:
-        for output in self._end([request_ids] if isinstance(request_ids, str) else list(request_ids)):
-            self._deliver(output)
-
-    def _leave(self, request_id: str) -> None:
-        """A reader has left its stream before the end."""
-        self._streams.pop(request_id, None)
-        for output in self._end([request_id]):
-            self._deliver(output)
-
-    def _end(self, request_ids: Sequence[str], **why: str) -> list[RequestOutput]:
-        """End requests here and in the core; their last outputs. why: see `OutputProcessor.abort`."""
-        core_ids = self.output_processor.core_ids(request_ids)
-        if core_ids and self._down is None:
-            self.client.send(AbortRequests(core_ids))
-        now = time.monotonic()
-        iteration = IterationStats(now)
-        outputs = self.output_processor.abort(request_ids, now, iteration, **why)
-        if outputs:
-            record_all(self.stat_loggers, None, iteration)
-        return outputs
+        self._unfinished.abort([request_ids] if isinstance(request_ids, str) else list(request_ids))
 
     # -- the core's messages ----------------------------------------------------------------------------------
 
@@ -275,7 +247,7 @@ class AsyncLLM:
             try:
                 await self._take_messages()
             except EngineDeadError as error:
-                self._fail_all(str(error))
+                self._lose_engine(str(error))
                 if not await self._revive():
                     self._die(error)
                     return
@@ -286,72 +258,20 @@ class AsyncLLM:
         while True:
             message = await self.client.receive()
             if isinstance(message, News):
-                await self._take_news(message.outputs)
+                await self._unfinished.take(message.outputs)
             elif isinstance(message, UtilityResult):
                 self._calls.settle(message)
+            elif isinstance(message, Ended):
+                self._unfinished.take_ended(message)
 
-    async def _take_news(self, news: EngineCoreOutputs) -> None:
-        """One step. Between two parts of a big one, and after it, everyone else on the loop gets a turn."""
-        now = news.timestamp or time.monotonic()
-        iteration = IterationStats(now)
-        for start in range(0, len(news.outputs), CHUNK):
-            if start:
-                await asyncio.sleep(0)
-            self._process(news.outputs[start : start + CHUNK], now, iteration)
-        record_all(self.stat_loggers, news.stats, iteration)  # before callers wake, so that they see themselves counted
-        await asyncio.sleep(0)
-
-    def _process(self, part: Sequence[EngineCoreOutput], now: float, iteration: IterationStats) -> None:
-        try:
-            outputs = self.output_processor.process(part, now, iteration)
-        except Exception as error:
-            logger.exception("the news of %d sequences could not be processed; they end with an error", len(part))
-            broken = self.output_processor.requests_of([item.request_id for item in part])
-            self._fail(broken, RequestError(f"the output could not be processed: {type(error).__name__}: {error}"))
-            return
-        for output in outputs:
-            self._deliver(output)
-        if stopped := self.output_processor.take_stopped():
-            self.client.send(StopRequests(stopped))
-
-    def _deliver(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is not None:
-            stream.put(output)
-        if output.finished:
-            self._forget(output.request_id)
-
-    def _forget(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self._admission.release(request_id)
-        if not self._admission.num_reqs:
-            self._idle.set()
-
-    # -- failures ---------------------------------------------------------------------------------------------
-
-    def _fail(self, request_ids: Sequence[str], error: Exception) -> None:
-        """End requests whose output can no longer be told."""
-        core_ids = self.output_processor.core_ids(request_ids)
-        self.client.send(AbortRequests(core_ids))
-        for request_id in request_ids:
-            self.output_processor.forget(request_id)
-            if (stream := self._streams.get(request_id)) is not None:
-                stream.fail(error)
-            self._forget(request_id)
-
-    def _fail_all(self, why: str) -> None:
-        """The engine is gone, and everything it knew with it."""
+    def _lose_engine(self, why: str) -> None:
         self._down = why
-        streams = list(self._streams.values())
-        self._end(self.output_processor.unfinished_request_ids(), finish_reason="error", error=why)
-        for stream in streams:
-            stream.fail(EngineDeadError(why))
-            self._forget(stream.request_id)
+        self._unfinished.fail_all(why)
         self._calls.fail(why)
 
     async def _revive(self) -> bool:
         """Start the engine again as often as the client is willing to. Whether it serves."""
-        while self.client.may_restart():
+        while not self._is_draining and self.client.may_restart():
             start = time.monotonic()
             try:
                 await self.client.restart()
@@ -400,7 +320,7 @@ class AsyncLLM:
 
     @property
     def num_unfinished_requests(self) -> int:
-        return self._admission.num_reqs
+        return self._unfinished.admission.num_reqs
 
     async def stats(self) -> SchedulerStats:
         return await self._call(SchedulerStats, "stats")
@@ -427,8 +347,8 @@ class AsyncLLM:
         """Take no more requests, wait for the others, and abort what is left after `timeout` seconds."""
         self._is_draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout)
-        await self.abort(list(self._streams))
+            await asyncio.wait_for(self._unfinished.idle.wait(), timeout)
+        await self.abort(list(self._unfinished.streams))
 
     def shutdown(self) -> None:
         """Stop the engine at once; whoever still waits gets `EngineDeadError`. May be called twice."""
@@ -436,5 +356,5 @@ class AsyncLLM:
         self.client.shutdown()
         self._text_pool.shutdown()
         if self._dead_error is None:
-            self._fail_all("the engine was shut down")
+            self._lose_engine("the engine was shut down")
             self._die(EngineDeadError("the engine was shut down"))

@@ -135,19 +135,26 @@ def _digit_runs(text: str) -> list[str]:
 
 def _plain(value: Any) -> Any:
     """`value` rebuilt from JSON types only: other objects have methods the sandbox knows nothing about."""
+    try:
+        return _rebuilt(value)
+    except RecursionError:
+        raise InvalidParameterError("messages", "what the chat template is given is nested too deeply") from None
+
+
+def _rebuilt(value: Any) -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
     for base in (str, int, float):
         if isinstance(value, base):
             return base(value)
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_rebuilt(key): _rebuilt(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_rebuilt(item) for item in value)
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_rebuilt(item) for item in value]
     if callable(getattr(value, "model_dump", None)):
-        return _plain(value.model_dump())
+        return _rebuilt(value.model_dump())
     return f"<{type(value).__name__}>"
 
 

@@ -3,18 +3,22 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from mini_vllm import LLM
-from mini_vllm.engine.async_core_client import ThreadCoreClient
 from mini_vllm.engine.async_llm import AsyncLLM
+from mini_vllm.engine.input_processor import TokenizedPrompt
+from mini_vllm.engine.intake import Intake
+from mini_vllm.engine.llm_engine import LLMEngine
+from mini_vllm.engine.process.async_core_client import ThreadCoreClient
 from mini_vllm.engine.protocol import NewRequest
 from mini_vllm.exceptions import InvalidParameterError, OverloadedError, PromptTooLongError, RequestError
 from mini_vllm.outputs import RequestOutput
+from mini_vllm.request import Tenant
 from mini_vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from tests.async_rig import async_engine, checkpoint, finish, in_process_engine, new_requests
 
@@ -44,9 +48,10 @@ async def assert_clean(engine: AsyncLLM) -> None:
     stats = await engine.stats()
     assert (stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage) == (0, 0, 0.0)
     assert engine.num_unfinished_requests == 0
-    assert engine._admission.num_tokens == 0
+    unfinished = engine._unfinished
+    assert unfinished.admission.num_tokens == 0 and not unfinished.leaving
     assert not engine.output_processor.unfinished_request_ids() and not engine.output_processor._by_core_id
-    assert not engine._streams and not engine._calls._waiting and engine._idle.is_set()
+    assert not unfinished.streams and not engine._calls._waiting and unfinished.idle.is_set()
 
 
 def shape(output: RequestOutput) -> Any:
@@ -110,6 +115,20 @@ async def test_beam_search_finds_what_the_offline_search_finds(engine: AsyncLLM,
 async def test_token_ids_and_default_parameters_are_taken(engine: AsyncLLM) -> None:
     outputs = [output async for output in engine.generate([3, 4, 5], None, "r")]
     assert outputs[-1].prompt_token_ids == [3, 4, 5] and outputs[-1].finished
+
+
+async def test_tenant_and_salt_reach_the_core(make_engine: Callable[..., LLMEngine]) -> None:
+    engine = make_engine()
+    engine.add_request("r", {"prompt": "a", "cache_salt": "s"}, LONG, tenant=Tenant("key", "user"))
+    core = engine.engine_core.core  # type: ignore[attr-defined]
+    request = core.scheduler.requests["r"]
+    assert (request.tenant, request.cache_salt) == (Tenant("key", "user"), "s")
+    engine.abort_request("r")
+    options = {"tenant": Tenant("key"), "cache_salt": "t", "priority": 3}
+    (request,) = Intake(engine.input_processor, engine.output_processor, 100).make_requests(
+        [NewRequest(request_id="r", prompt=TokenizedPrompt([1], cache_salt="s"), params=LONG, **options)]  # type: ignore[arg-type]
+    )
+    assert {name: getattr(request, name) for name in options} == options
 
 
 # -- what is refused -------------------------------------------------------------------------------------------
@@ -236,6 +255,20 @@ async def test_cancelling_a_beam_search_leaves_no_beam_behind(engine: AsyncLLM) 
     search.cancel()
     with pytest.raises(asyncio.CancelledError):
         await search
+    await assert_clean(engine)
+
+
+async def test_an_id_can_be_used_again_at_once_and_gets_nothing_of_the_request_before(
+    engine: AsyncLLM, offline: LLM
+) -> None:
+    short = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    (expected,) = offline.generate(["another prompt"], short, use_tqdm=False)
+    for params in (LONG, SamplingParams(temperature=0.0, stop=["e", "a", "t"], output_kind=DELTA)):
+        for _ in range(20):
+            generator = engine.generate("hello", params, "r")
+            await anext(generator)
+            await generator.aclose()
+            assert shape(await finish(engine, "another prompt", short, "r")) == shape(expected)
     await assert_clean(engine)
 
 
@@ -379,7 +412,7 @@ async def test_a_failure_while_text_is_made_ends_those_requests_and_no_others(mo
         streams += await engine.add_requests([bad])
         parent = engine.output_processor._requests[bad.request_id]
         monkeypatch.setattr(parent, "take", None)
-        monkeypatch.setattr("mini_vllm.engine.async_llm.CHUNK", 1)
+        monkeypatch.setattr("mini_vllm.engine.unfinished.CHUNK", 1)
         with pytest.raises(RequestError, match="could not be processed"):
             await anext(streams[1])
         assert first.outputs and not (await anext(streams[0])).finished

@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mini_vllm.engine.async_core_client import ThreadCoreClient
 from mini_vllm.engine.async_llm import AsyncLLM
 from mini_vllm.engine.core import EngineCore
-from mini_vllm.engine.engine_process import private_folder
-from mini_vllm.engine.mp_client import ProcessCoreClient
+from mini_vllm.engine.process.async_core_client import ThreadCoreClient
+from mini_vllm.engine.process.engine_process import private_folder
+from mini_vllm.engine.process.mp_client import ProcessCoreClient
 from mini_vllm.exceptions import (
     CheckpointError,
     ConfigError,
@@ -128,6 +128,7 @@ async def test_a_bug_in_the_loop_of_the_core_ends_every_stream(monkeypatch: pyte
                     pass
 
 
+@pytest.mark.slow
 async def test_the_last_words_of_an_engine_that_dies_of_a_bug_are_told() -> None:
     async with async_engine() as engine:
         assert isinstance(engine.client, ProcessCoreClient)
@@ -136,6 +137,7 @@ async def test_the_last_words_of_an_engine_that_dies_of_a_bug_are_told() -> None
         assert "exited with status 1: ValidationError" in str(engine.dead_error)
 
 
+@pytest.mark.slow
 async def test_sigterm_lets_the_engine_finish_what_it_has_and_an_interrupt_is_not_its_business() -> None:
     async with async_engine() as engine:
         os.kill(pid_of(engine), signal.SIGINT)

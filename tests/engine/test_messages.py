@@ -15,10 +15,11 @@ from mini_vllm.core.scheduler_output import (
     SchedulerStats,
     TokenLogprobs,
 )
-from mini_vllm.engine.messages import (
+from mini_vllm.engine.process.messages import (
     AbortRequests,
     AddRequests,
     Dying,
+    Ended,
     EngineCoreRequest,
     ErrorReport,
     Heartbeat,
@@ -32,7 +33,7 @@ from mini_vllm.engine.messages import (
     decode_to_engine,
     encode,
 )
-from mini_vllm.engine.mp_client import portable_args, why_not_sendable
+from mini_vllm.engine.process.mp_client import portable_args, why_not_sendable
 from mini_vllm.exceptions import (
     CheckpointError,
     ConfigError,
@@ -140,7 +141,7 @@ def test_the_other_messages_reach_the_engine(message: Any) -> None:
 @pytest.mark.parametrize(
     "message",
     [UtilityResult(7, encode({"a": "b"})), UtilityResult(8, error=ErrorReport("AssertionError", "lost")), Heartbeat(),
-     Dying(ErrorReport("RuntimeError", "bug"))],
+     Ended(["a"]), Dying(ErrorReport("RuntimeError", "bug"))],
 )  # fmt: skip
 def test_the_other_messages_reach_the_shell(message: Any) -> None:
     assert decode_from_engine(encode(message)) == message

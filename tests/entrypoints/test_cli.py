@@ -96,6 +96,7 @@ def test_flags_become_engine_args() -> None:
         "attention_backend": "X", "load_format": "dummy", "generation_config": "vllm", "disable_log_stats": True,
         "tensor_parallel_size": 1, "trust_remote_code": False, "revision": "R", "tokenizer_revision": "S",
         "download_dir": "D", "use_tqdm_on_load": False, "max_logprobs": 20, "logits_processors": (),
+        "preemption_policy": "latest", "tenant_weights": {}, "step_trace_capacity": 256, "step_trace_detailed": False,
     }  # fmt: skip
     assert vars(args) == expected
 
@@ -109,7 +110,7 @@ def test_flags_not_given_leave_the_defaults_alone() -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--prompt", "x", "--temperature", "-1"], "temperature: must be 0"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature: must be in [0"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens: must be at least 1"),
         (["--prompt", ("word " * 300)], "prompt: This model's maximum context length is 256 tokens"),
         (["--prompt", "x", "--max-model-len", "9x"], "max_model_len: must be an integer"),

@@ -1,4 +1,7 @@
-"""`mini-vllm bench latency` and `mini-vllm bench throughput`: measure the engine, print tables, write JSON."""
+"""`mini-vllm bench latency` and `mini-vllm bench throughput`: measure the engine, print tables, write JSON.
+
+`mini-vllm bench serve` is in `bench_serve.py`.
+"""
 
 import argparse
 import dataclasses
@@ -6,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mini_vllm.bench.options import DATASET_DEFAULTS, DATASETS, LatencyOptions, ThroughputOptions
+from mini_vllm.entrypoints.cli import bench_serve
 from mini_vllm.entrypoints.cli.arguments import HelpFormatter, add_engine_arguments, engine_args_from
 
 if TYPE_CHECKING:
@@ -56,8 +60,8 @@ _THROUGHPUT_HELP = {
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
-        help="measure latency or throughput",
-        description="Measure the engine on this machine.",
+        help="measure latency or throughput, of the engine or of a server",
+        description="Measure the engine on this machine, or a server under load.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -72,6 +76,7 @@ def add_parser(subparsers: Any) -> None:
         "Measure how fast a set of requests is served. --seed decides the random prompts, too.",
     )  # fmt: skip
     _add_throughput_flags(throughput)
+    bench_serve.add_parser(kinds)
 
 
 def _add_kind(kinds: Any, name: str, summary: str, examples: str, description: str) -> argparse.ArgumentParser:

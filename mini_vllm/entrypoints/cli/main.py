@@ -11,12 +11,27 @@ import sys
 from collections.abc import Sequence
 
 from mini_vllm import __version__
-from mini_vllm.entrypoints.cli import bench, collect_env, convert, demo, generate, plan, simulate, train_bpe
+from mini_vllm.entrypoints.cli import (
+    bench,
+    chat,
+    collect_env,
+    complete,
+    convert,
+    demo,
+    generate,
+    plan,
+    run_batch,
+    serve,
+    simulate,
+    train_bpe,
+)
+from mini_vllm.entrypoints.cli.arguments import CommandParser
 from mini_vllm.exceptions import MiniVLLMError
 from mini_vllm.logger import init_logger
 
 _EXAMPLES = """\
 examples:
+  mini-vllm serve                                 serve the bundled model at http://127.0.0.1:8000
   mini-vllm demo                                  complete several prompts at once with the bundled model
   mini-vllm generate --prompt 'def fib(n):'       complete one prompt with it
   mini-vllm generate --model DIR --prompt 'Once'  the same with a checkpoint of yours
@@ -53,7 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mini-vllm {__version__}")
-    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True, parser_class=CommandParser
+    )
+    serve.add_parser(subparsers)
+    chat.add_parser(subparsers)
+    complete.add_parser(subparsers)
+    run_batch.add_parser(subparsers)
     generate.add_parser(subparsers)
     demo.add_parser(subparsers)
     bench.add_parser(subparsers)

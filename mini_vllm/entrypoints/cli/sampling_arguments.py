@@ -99,12 +99,17 @@ def spelt(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def sampling_params_from(namespace: argparse.Namespace, base: SamplingParams, **changes: Any) -> SamplingParams:
-    """`base` with what was asked for on the command line."""
+def sampling_fields_from(namespace: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for on the command line, by the names of `SamplingParams`, which are those of a request's body."""
     names = [name for flags in _SECTIONS.values() for name in flags]
     given = {name: getattr(namespace, name) for name in names if getattr(namespace, name, None) is not None}
     if "sampling_seed" in given:
         given["seed"] = given.pop("sampling_seed")
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
-    return dataclasses.replace(base, **given, **changes)
+    return given
+
+
+def sampling_params_from(namespace: argparse.Namespace, base: SamplingParams, **changes: Any) -> SamplingParams:
+    """`base` with what was asked for on the command line."""
+    return dataclasses.replace(base, **sampling_fields_from(namespace), **changes)

@@ -23,6 +23,7 @@ _OPENAI_TYPES = {
     409: "conflict_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     503: "service_unavailable_error",
 }
 _ANTHROPIC_TYPES = {

@@ -1,4 +1,4 @@
-"""What becomes of each field of a request body: it acts, it is harmless and accepted, or it is refused. None is ignored.
+"""What becomes of each field of a request body: it acts, or is harmless and accepted, or is refused. None is ignored.
 
 A body is an `ApiModel`: its declared fields act. `ACCEPTED` names those that change nothing here and say why; `REFUSED`
 those that would change something we cannot do, with the values that ask for nothing and so may stand. Whatever is in
@@ -6,11 +6,14 @@ none of the three is refused by name. `docs/api-fields.md` is made from these ta
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema
 
 from mini_vllm.exceptions import InvalidParameterError
 
@@ -23,6 +26,22 @@ class Refused:
     neutral: Callable[[Any], bool] = lambda value: value in (False, "", [], {})
 
 
+MAX_ENTRIES = 10_000
+"""Of an object that is the value of a field, such as logit_bias."""
+
+
+def _fail_fast(schema: Any) -> None:
+    """Let every list of a schema end at its first wrong item: a body of a megabyte can have a million of them, and
+    telling each takes the event loop longer than anything else that a client can ask for."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "set", "tuple"):
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            _fail_fast(part)
+
+
 class ApiModel(BaseModel):
     """A request body, or an object inside one."""
 
@@ -30,6 +49,12 @@ class ApiModel(BaseModel):
 
     ACCEPTED: ClassVar[Mapping[str, str]] = {}
     REFUSED: ClassVar[Mapping[str, Refused]] = {}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -40,6 +65,8 @@ class ApiModel(BaseModel):
         kept = {}
         for name, value in data.items():
             if name in cls.model_fields:
+                if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+                    raise InvalidParameterError(name, f"has {len(value)} entries, more than {MAX_ENTRIES}")
                 kept[name] = value
             elif name in cls.REFUSED:
                 refused = cls.REFUSED[name]
@@ -55,3 +82,26 @@ class ApiModel(BaseModel):
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         return f"Unrecognized request argument supplied: {name}{hint}"
+
+
+M = TypeVar("M", bound=ApiModel)
+
+
+def translated(model: type[M], fields: Mapping[str, Any]) -> M:
+    """The body that another one stands for. What does not fit it is wrong with the request, not with the server."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        wrong = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(wrong, body=fields) from None
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about these fields come out under the names that they have in another body."""
+    try:
+        yield
+    except InvalidParameterError as error:
+        if error.field not in names:
+            raise
+        raise type(error)(names[error.field], str(error).removeprefix(f"{error.field}: ")) from None
