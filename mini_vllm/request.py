@@ -156,8 +156,18 @@ class Request:
         self.mm_features = mm_features
         self.kv_transfer_params = kv_transfer_params
 
+        self.unborn_ids = tuple(child_ids)
+        self.sample_index = sample_index
+        self.bad_words_token_ids = bad_words_token_ids
+        self.tenant = tenant
+        self.stop_ids = frozenset(sampling_params.stop_token_ids)
+        self._tokens_may_stop = bool(self.stop_ids) or (eos_token_id is not None and not sampling_params.ignore_eos)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What the scheduler writes, before it has."""
         self.status = RequestStatus.WAITING
-        self.all_token_ids = list(prompt_token_ids)
+        self.all_token_ids = list(self.prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.num_prompt_tokens = len(self.all_token_ids)
         self.num_tokens = self.num_prompt_tokens
@@ -172,13 +182,7 @@ class Request:
         self.waiting_reason = WaitingReason.NOT_TRIED
         self.waiting_detail = ""
         self.block_hashes: list[bytes] = []
-        self.stop_ids = frozenset(sampling_params.stop_token_ids)
-        self._tokens_may_stop = bool(self.stop_ids) or (eos_token_id is not None and not sampling_params.ignore_eos)
         self.new_to_worker = True
-        self.unborn_ids = tuple(child_ids)
-        self.sample_index = sample_index
-        self.bad_words_token_ids = bad_words_token_ids
-        self.tenant = tenant
         self.arrival_index = 0
         self.queued_time: float | None = None
         self.scheduled_time: float | None = None
