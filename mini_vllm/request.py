@@ -119,7 +119,7 @@ class Request:
         "num_cached_tokens", "num_output_placeholders", "spec_token_ids", "num_preemptions", "epoch", "stop_reason",
         "error", "waiting_reason", "waiting_detail", "block_hashes", "stop_ids", "new_to_worker",
         "unborn_ids", "sample_index", "bad_words_token_ids", "tenant", "arrival_index",
-        "queued_time", "scheduled_time", "times_told",
+        "queued_time", "scheduled_time", "times_told", "_tokens_may_stop",
     )  # fmt: skip
 
     def __init__(
@@ -156,8 +156,18 @@ class Request:
         self.mm_features = mm_features
         self.kv_transfer_params = kv_transfer_params
 
+        self.unborn_ids = tuple(child_ids)
+        self.sample_index = sample_index
+        self.bad_words_token_ids = bad_words_token_ids
+        self.tenant = tenant
+        self.stop_ids = frozenset(sampling_params.stop_token_ids)
+        self._tokens_may_stop = bool(self.stop_ids) or (eos_token_id is not None and not sampling_params.ignore_eos)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What the scheduler writes, before it has."""
         self.status = RequestStatus.WAITING
-        self.all_token_ids = list(prompt_token_ids)
+        self.all_token_ids = list(self.prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.num_prompt_tokens = len(self.all_token_ids)
         self.num_tokens = self.num_prompt_tokens
@@ -172,12 +182,7 @@ class Request:
         self.waiting_reason = WaitingReason.NOT_TRIED
         self.waiting_detail = ""
         self.block_hashes: list[bytes] = []
-        self.stop_ids = frozenset(sampling_params.stop_token_ids)
         self.new_to_worker = True
-        self.unborn_ids = tuple(child_ids)
-        self.sample_index = sample_index
-        self.bad_words_token_ids = bad_words_token_ids
-        self.tenant = tenant
         self.arrival_index = 0
         self.queued_time: float | None = None
         self.scheduled_time: float | None = None
@@ -252,22 +257,26 @@ class Request:
 
         Neither end of sequence nor stop ids count among the first `min_tokens`.
         """
-        params = self.sampling_params
-        last = self.all_token_ids[-1]
-        num_output_tokens = len(self.output_token_ids)
-        may_stop = num_output_tokens > params.min_tokens
-        if may_stop and last == self.eos_token_id and not params.ignore_eos:
+        if self._tokens_may_stop and self._stops_at(self.all_token_ids[-1]):
             self.status = RequestStatus.FINISHED_STOPPED
-        elif may_stop and last in self.stop_ids:
-            self.status = RequestStatus.FINISHED_STOPPED
-            self.stop_reason = last
-        elif (self.max_tokens is not None and num_output_tokens >= self.max_tokens) or (
+        elif (self.max_tokens is not None and len(self.output_token_ids) >= self.max_tokens) or (
             self.max_model_len is not None and self.num_tokens >= self.max_model_len
         ):
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
         else:
             return False
         return True
+
+    def _stops_at(self, token_id: int) -> bool:
+        params = self.sampling_params
+        if len(self.output_token_ids) <= params.min_tokens:
+            return False
+        if token_id == self.eos_token_id and not params.ignore_eos:
+            return True
+        if token_id in self.stop_ids:
+            self.stop_reason = token_id
+            return True
+        return False
 
     def __repr__(self) -> str:
         return (

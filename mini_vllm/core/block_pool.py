@@ -47,20 +47,19 @@ def extra_keys(request: Request, start: int, end: int) -> bytes:
 
 def hash_block_tokens(parent: BlockHash | None, token_ids: Sequence[int], extra: bytes = b"") -> BlockHash:
     """Chained hash of one full block: equal hashes mean equal prefixes from the first token on."""
-    digest = hashlib.sha256(parent or NONE_HASH)
-    digest.update(len(token_ids).to_bytes(4, "little"))
-    digest.update(array("I", token_ids).tobytes())
-    digest.update(extra)
-    return digest.digest()
+    tokens = len(token_ids).to_bytes(4, "little") + array("I", token_ids).tobytes()
+    return hashlib.sha256((parent or NONE_HASH) + tokens + extra).digest()
 
 
 def extend_block_hashes(request: Request, num_blocks: int, block_size: int) -> list[BlockHash]:
     """Compute the request's hashes up to `num_blocks` full blocks; each is computed once in its life."""
-    hashes = request.block_hashes
-    for index in range(len(hashes), num_blocks):
-        start, end = index * block_size, (index + 1) * block_size
-        parent = hashes[-1] if hashes else None
-        hashes.append(hash_block_tokens(parent, request.all_token_ids[start:end], extra_keys(request, start, end)))
+    hashes, token_ids = request.block_hashes, request.all_token_ids
+    parent = hashes[-1] if hashes else None
+    for start in range(len(hashes) * block_size, num_blocks * block_size, block_size):
+        end = start + block_size
+        extra = extra_keys(request, start, end) if start == 0 or request.mm_features else b""
+        parent = hash_block_tokens(parent, token_ids[start:end], extra)
+        hashes.append(parent)
     return hashes
 
 
@@ -122,7 +121,21 @@ class FreeKVCacheBlockQueue:
         return block
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
-        return [self.popleft() for _ in range(n)]
+        if n > self.num_free_blocks:
+            raise ValueError(f"{n} blocks asked for, {self.num_free_blocks} free")
+        blocks = []
+        block = self._head.next_free
+        for _ in range(n):
+            assert block is not None
+            blocks.append(block)
+            following = block.next_free
+            block.prev_free = block.next_free = None
+            block = following
+        assert block is not None
+        self._head.next_free = block
+        block.prev_free = self._head
+        self.num_free_blocks -= n
+        return blocks
 
     def append_n(self, blocks: Iterable[KVCacheBlock]) -> None:
         for block in blocks:
@@ -211,7 +224,8 @@ class BlockPool:
             raise ValueError(f"{n} blocks asked for, {self.free_queue.num_free_blocks} free")
         blocks = self.free_queue.popleft_n(n)
         for block in blocks:
-            self.uncache(block)
+            if block.block_hash is not None:
+                self.uncache(block)
             block.ref_cnt = 1
         return blocks
 
@@ -242,7 +256,8 @@ class BlockPool:
                 continue
             block.block_hash = index_key(block_hash, group)
             self.cached_block_hash_to_block.insert(block.block_hash, block)
-            self._emit("stored", block)
+            if self._event_sink is not None:
+                self._emit("stored", block)
             cached.append(block)
         return cached
 
@@ -251,7 +266,8 @@ class BlockPool:
         if block.block_hash is None:
             return
         self.cached_block_hash_to_block.remove(block.block_hash, block)
-        self._emit("removed", block)
+        if self._event_sink is not None:
+            self._emit("removed", block)
         block.reset_hash()
 
     def reset_prefix_cache(self) -> None:
@@ -260,8 +276,7 @@ class BlockPool:
             self.uncache(block)
 
     def _emit(self, kind: str, block: KVCacheBlock) -> None:
-        if self._event_sink is not None:
-            assert block.block_hash is not None
+        if self._event_sink is not None and block.block_hash is not None:
             self._event_sink(KVCacheEvent(kind, block.block_id, block.block_hash))
 
     def check_integrity(self) -> None:

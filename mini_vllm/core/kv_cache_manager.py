@@ -50,6 +50,8 @@ class KVCacheManager:
         self.prefix_cache_hits = 0
         self._tables: dict[str, tuple[list[KVCacheBlock], ...]] = {}
         self._num_cached_blocks: dict[str, int] = {}
+        self._quiet_until: dict[str, int] = {}
+        """Up to so many tokens a request only fills its last block: none to take, none that becomes full."""
         self._provisional: dict[str, list[KVCacheBlock]] = {}
         self._deferred: dict[str, tuple[Request, int]] = {}
         self._no_new_blocks: BlockIds = tuple([] for _ in range(num_groups))
@@ -133,6 +135,8 @@ class KVCacheManager:
         """
         num_written = request.num_computed_tokens + num_external_computed_tokens + num_new_tokens
         num_slots = num_written + num_lookahead_tokens
+        if new_computed_blocks is None and num_slots <= self._quiet_until.get(request.request_id, 0):
+            return self._no_new_blocks
         tables = self._tables.get(request.request_id)
         if tables is not None and not new_computed_blocks and len(tables[0]) * self.block_size >= num_slots:
             new_ids = self._no_new_blocks
@@ -143,25 +147,35 @@ class KVCacheManager:
             new_ids = grown
         if self.enable_caching and not delay_cache_blocks:
             self._cache_written(request, min(num_written, request.num_tokens))
+        self._note_quiet(request.request_id)
         return new_ids
+
+    def _note_quiet(self, request_id: str) -> None:
+        """What was noted before stays true as long as the request lives: tables only grow, full blocks stay full."""
+        quiet = len(self._tables[request_id][0]) * self.block_size
+        if self.enable_caching:
+            quiet = min(quiet, (self._num_cached_blocks[request_id] + 1) * self.block_size - 1)
+        self._quiet_until[request_id] = quiet
 
     def _grow(self, request_id: str, num_slots: int, hits: ComputedBlocks) -> BlockIds | None:
         tables = self._tables.get(request_id) or tuple([] for _ in range(self.num_groups))
-        per_group = -(-num_slots // self.block_size)
-        wanted = [max(per_group - len(t) - len(h), 0) for t, h in zip(tables, hits, strict=True)]
-        revived = sum(block.ref_cnt == 0 for group in hits for block in group)
-        if sum(wanted) + revived > self.block_pool.get_num_free_blocks():
+        missing = max(-(-num_slots // self.block_size) - len(tables[0]) - len(hits[0]), 0)
+        revived = sum([block.ref_cnt == 0 for group in hits for block in group])
+        if missing * self.num_groups + revived > self.block_pool.get_num_free_blocks():
             return None
         for table, group_hits in zip(tables, hits, strict=True):
             self.block_pool.touch(group_hits)
             table.extend(group_hits)
-        new_blocks = [self.block_pool.get_new_blocks(n) for n in wanted]
         if request_id not in self._tables:
             self._tables[request_id] = tables
             self._num_cached_blocks[request_id] = len(hits[0])
-        for table, new in zip(tables, new_blocks, strict=True):
-            table.extend(new)
-        return tuple([block.block_id for block in new] for new in new_blocks)
+        return tuple([self._append_blocks(table, missing) for table in tables])
+
+    def _append_blocks(self, table: list[KVCacheBlock], count: int) -> list[int]:
+        """Ids of the blocks that a table has grown by."""
+        blocks = self.block_pool.get_new_blocks(count)
+        table += blocks
+        return [block.block_id for block in blocks]
 
     def free(self, request: Request) -> None:
         """Drop all references of a request, tail first so that shared prefixes are evicted last."""
@@ -171,6 +185,7 @@ class KVCacheManager:
         for table in tables:
             self.block_pool.free_blocks(reversed(table))
         del self._num_cached_blocks[request.request_id]
+        self._quiet_until.pop(request.request_id, None)
         self._deferred.pop(request.request_id, None)
 
     def fork(self, parent: Request, child: Request) -> list[BlockCopy] | None:

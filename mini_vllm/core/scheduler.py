@@ -128,7 +128,8 @@ class Scheduler:
             self._failures.append(dataclasses.replace(self._failures[-1], request_id=child_id, times=times))
 
     def _drop_finished_from_running(self) -> None:
-        self.running = [request for request in self.running if not request.is_finished]
+        running = RequestStatus.RUNNING
+        self.running = [request for request in self.running if request.status is running]
 
     # -- the plan ----------------------------------------------------------------------------------------
 
@@ -341,9 +342,13 @@ class Scheduler:
         self.kv.confirm_step()
         outputs = self._bear_children(plan, result) if plan.forks else []
         any_finished = False
-        for request_id, token_ids in zip(result.req_ids, result.sampled_token_ids, strict=True):
-            request = self._alive(request_id, plan)
-            if request is None or not (token_ids or request_id in result.prompt_logprobs):
+        requests = self.requests
+        sampled = dict(zip(result.req_ids, result.sampled_token_ids, strict=True))
+        for request_id, epoch in plan.epochs.items():  # in the plan's order, whatever rows the worker had them in
+            request, token_ids = requests.get(request_id), sampled.get(request_id) or []
+            if request is None or request.epoch != epoch:
+                continue
+            if not token_ids and request_id not in result.prompt_logprobs:
                 continue
             news = self._append_tokens(request, token_ids, result)
             any_finished |= news.finish_reason is not None
@@ -361,14 +366,14 @@ class Scheduler:
         return request
 
     def _append_tokens(self, request: Request, token_ids: list[int], result: ModelRunnerOutput) -> EngineCoreOutput:
-        kept = []
+        num_kept = 0
         for token_id in token_ids:
             request.append_output_token(token_id)
-            kept.append(token_id)
+            num_kept += 1
             if request.maybe_finish():
                 self._finish(request, request.status)
                 break
-        news = news_of(request, kept)
+        news = news_of(request, token_ids[:num_kept])
         if result.logprobs:
             news.logprobs = result.logprobs.get(request.request_id)
         if result.prompt_logprobs:

@@ -19,8 +19,10 @@ from mini_vllm.entrypoints.cli import (
     convert,
     demo,
     generate,
+    plan,
     run_batch,
     serve,
+    simulate,
     train_bpe,
 )
 from mini_vllm.entrypoints.cli.arguments import CommandParser
@@ -76,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(subparsers)
     demo.add_parser(subparsers)
     bench.add_parser(subparsers)
+    plan.add_parser(subparsers)
+    simulate.add_parser(subparsers)
     convert.add_parser(subparsers)
     train_bpe.add_parser(subparsers)
     collect_env.add_parser(subparsers)
