@@ -7,10 +7,11 @@ SOURCES := mini_vllm tests benchmarks scripts training $(wildcard examples)
 PYTEST_ARGS ?=
 MODEL ?=
 SERVE_ARGS ?=
+BENCH_ARGS ?=
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo serve test lint format typecheck unit test-slow bench-step clean
+.PHONY: help env env-dev demo serve test lint format typecheck unit test-slow bench-step bench-serving clean
 
 help:  ## Show this list
 	@echo "usage: make <target>"; echo
@@ -47,6 +48,9 @@ test-slow: env-dev  ## The long tests: many random runs, large shapes
 
 bench-step: env  ## Measure the cost of a step outside the model; writes benchmarks/results/
 	@$(BIN)/python benchmarks/step_cost.py
+
+bench-serving: env  ## Measure what serving costs beside the engine (BENCH_ARGS="..." for flags); writes benchmarks/results/
+	@$(BIN)/python benchmarks/serving.py $(BENCH_ARGS)
 
 clean:  ## Remove .venv, caches and build leftovers
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

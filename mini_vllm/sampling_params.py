@@ -5,6 +5,7 @@ and meanings are vLLM's. What takes the model to decide (its vocabulary, `max_lo
 tokenised) is checked by `engine.input_processor`.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,6 +104,14 @@ class SamplingParams:
         for processor in self.logits_processors:
             if not callable(processor):
                 raise InvalidParameterError("logits_processors", f"must be callables, got {processor!r}")
+
+    def with_max_tokens(self, max_tokens: int) -> "SamplingParams":
+        """The same with another limit. Nothing is checked again that does not depend on it: that would cost as much as
+        making the parameters did."""
+        limited = copy.copy(self)
+        limited._set("max_tokens", max_tokens)
+        limited._check_lengths()
+        return limited
 
     @property
     def is_greedy(self) -> bool:

@@ -3,6 +3,7 @@
     python scripts/sdk_conformance.py                     starts a server on the bundled model, runs both suites
     python scripts/sdk_conformance.py --url http://...    against one that runs already
     python scripts/sdk_conformance.py --json report.json
+    python scripts/sdk_conformance.py --no-fixtures       without making the responses that the tests want to fetch
 
 The suites come out of the SDKs' source distributions (of the versions installed here), fetched into `.conformance/`
 with an environment of their own; nothing of them is kept in this repository. The report says what passed, and for
@@ -29,9 +30,19 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from anthropic.resources.messages.messages import DEPRECATED_MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".conformance"
-ALIASES = ("stdlib-llama-3.7m", "gpt-6-astra", "gpt-3.5-turbo-instruct", "model", "claude-opus-5-5", "model_id")
+ALIASES = (
+    "stdlib-llama-3.7m",
+    "gpt-6-astra",
+    "gpt-3.5-turbo-instruct",
+    "model",
+    "claude-opus-5-5",
+    "model_id",
+    "claude-1.3",
+)
 """Names of models that the suites ask for."""
 BUILD_NEEDS = ("hatchling", "hatch-fancy-pypi-readme")
 TEST_NEEDS = (
@@ -64,12 +75,13 @@ def main() -> int:
     parser.add_argument("--url", help="A server to test; it must serve the aliases: " + ", ".join(ALIASES))
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write the whole report here.")
+    parser.add_argument("--no-fixtures", action="store_true", help="Do not load scripts/sdk_fixtures.py.")
     parser.add_argument("--verbose", action="store_true", help="List every failure.")
     args = parser.parse_args()
     names = list(SUITES) if args.suite == "all" else [args.suite]
     python = prepare([SUITES[name] for name in names])
     with contextlib.nullcontext(args.url) if args.url else own_server() as url:
-        report = {name: run_suite(SUITES[name], python, url) for name in names}
+        report = {name: run_suite(SUITES[name], python, url, not args.no_fixtures) for name in names}
     for name, result in report.items():
         show(name, result, args.verbose)
     if args.json:
@@ -115,9 +127,10 @@ def own_server() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mini_vllm.entrypoints.cli.main", "serve", "--port", str(port)]
+    names = (*ALIASES, *DEPRECATED_MODELS)  # a test asks for each of these, to see the SDK's warning
     log = WORK / "server.log"
     with log.open("w") as file:
-        server = subprocess.Popen([*command, "--served-model-name", *ALIASES], stdout=file, stderr=file, cwd=ROOT)
+        server = subprocess.Popen([*command, "--served-model-name", *names], stdout=file, stderr=file, cwd=ROOT)
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}/health", server, log)
         yield f"http://127.0.0.1:{port}"
@@ -140,13 +153,16 @@ def wait_until_healthy(url: str, server: "subprocess.Popen[bytes]", log: Path, s
 # -- running ------------------------------------------------------------------------------------------------------
 
 
-def run_suite(suite: Suite, python: Path, url: str) -> dict[str, Any]:
-    """What passed and failed, by the test's name."""
+def run_suite(suite: Suite, python: Path, url: str, fixtures: bool) -> dict[str, Any]:
+    """What passed and failed, by the test's name. fixtures: whether to make what the tests expect to be there."""
     folder = source_folder(f"{suite.package}=={importlib.metadata.version(suite.package)}")
     junit = WORK / f"{suite.package}.xml"
     files = [f"tests/api_resources/{name}" for name in suite.files]
     options = ["-n0", "-q", "--timeout=60", "-p", "no:cacheprovider", "--tb=line", f"--junitxml={junit}", *files]
-    environment = os.environ | {"TEST_API_BASE_URL": url + suite.path, "PYTHONPATH": str(folder)}
+    if fixtures:
+        options += ["-p", "sdk_fixtures"]
+    path = os.pathsep.join((str(folder), str(ROOT / "scripts")))
+    environment = os.environ | {"TEST_API_BASE_URL": url + suite.path, "PYTHONPATH": path}
     subprocess.run([str(python), "-m", "pytest", *options], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     return read_junit(junit) | {"version": importlib.metadata.version(suite.package)}
 
@@ -166,6 +182,15 @@ def read_junit(path: Path) -> dict[str, Any]:
     return {"passed": passed, "failed": failed, "skipped": skipped}
 
 
+def _is_blocking(test: str) -> bool:
+    return "::" in test and "Async" not in test
+
+
+def _as_for_vllm(test: str) -> bool:
+    """The part of the suites that the numbers for vLLM in docs/conformance.md are about."""
+    return _is_blocking(test) and not test.startswith("responses.")
+
+
 def first_line(message: str) -> str:
     """Why a test failed, in a line: the server's own message where there is one."""
     found = re.search(r"'message': (?:'([^']*)'|\"([^\"]*)\")", message)
@@ -176,6 +201,9 @@ def first_line(message: str) -> str:
 def show(name: str, result: dict[str, Any], verbose: bool) -> None:
     counts = ", ".join(f"{len(result[kind])} {kind}" for kind in ("passed", "failed", "skipped"))
     print(f"{name} {result['version']}: {counts}")
+    for what, wanted in (("blocking clients", _is_blocking), ("of these the files vLLM was measured on", _as_for_vllm)):
+        passed, failed = (sum(map(wanted, result[kind])) for kind in ("passed", "failed"))
+        print(f"  {what}: {passed} passed, {failed} failed")
     for why, count in Counter(result["failed"].values()).most_common():
         print(f"  {count:4} x {why}")
     if verbose:

@@ -112,3 +112,12 @@ def test_lists_become_tuples_and_the_whole_is_plain_data() -> None:
     assert hash(params) == hash(dataclasses.replace(params))
     data = NewRequestData("r", [1], 1, params, ([1],), 0)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(data), type=NewRequestData) == data
+
+
+def test_another_limit_leaves_the_rest_and_is_checked_against_min_tokens() -> None:
+    params = SamplingParams(min_tokens=3, max_tokens=None, stop="end", seed=1)
+    assert params.with_max_tokens(5) == dataclasses.replace(params, max_tokens=5)
+    assert params.max_tokens is None
+    for wrong, message in ((2, "min_tokens: must be at most max_tokens=2, got 3"), (0, "max_tokens")):
+        with pytest.raises(InvalidParameterError, match=message):
+            params.with_max_tokens(wrong)

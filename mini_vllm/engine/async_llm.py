@@ -15,28 +15,28 @@ from typing import Any, TypeVar
 from mini_vllm.core.scheduler_output import SchedulerStats
 from mini_vllm.engine.admission import Admission
 from mini_vllm.engine.arg_utils import EngineArgs
-from mini_vllm.engine.async_core_client import AsyncCoreClient, ThreadCoreClient
 from mini_vllm.engine.beam_search import BeamSearch, drive_beam_search
 from mini_vllm.engine.builder import read_text_half
 from mini_vllm.engine.input_processor import InputProcessor, PromptType, TokenizedPrompt
 from mini_vllm.engine.intake import Intake
-from mini_vllm.engine.messages import (
+from mini_vllm.engine.metrics.stats import StatLoggerBase
+from mini_vllm.engine.metrics.tracing import RequestTracer
+from mini_vllm.engine.output_processor import OutputProcessor
+from mini_vllm.engine.process.async_core_client import AsyncCoreClient, ThreadCoreClient
+from mini_vllm.engine.process.messages import (
     AddRequests,
     Ended,
     EngineCoreRequest,
     News,
     UtilityResult,
 )
-from mini_vllm.engine.mp_client import DEFAULT_WATCHDOG_TIMEOUT, ProcessCoreClient
-from mini_vllm.engine.output_processor import OutputProcessor
+from mini_vllm.engine.process.mp_client import DEFAULT_WATCHDOG_TIMEOUT, ProcessCoreClient
+from mini_vllm.engine.process.utility_calls import UtilityCalls
 from mini_vllm.engine.protocol import NewRequest, RequestStream
 from mini_vllm.engine.request_trace import RequestTraceRecorder
-from mini_vllm.engine.stats import StatLoggerBase
 from mini_vllm.engine.text_pool import DEFAULT_TIMEOUT, TextPool
 from mini_vllm.engine.trace import StepRecord
-from mini_vllm.engine.tracing import RequestTracer
 from mini_vllm.engine.unfinished import UnfinishedRequests
-from mini_vllm.engine.utility_calls import UtilityCalls
 from mini_vllm.exceptions import EngineDeadError, InvalidParameterError, OverloadedError
 from mini_vllm.logger import init_logger
 from mini_vllm.outputs import BeamSearchOutput, RequestOutput

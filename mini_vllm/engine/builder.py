@@ -16,8 +16,8 @@ from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.core import EngineCore
-from mini_vllm.engine.input_processor import InputProcessor
-from mini_vllm.engine.messages import EngineInfo
+from mini_vllm.engine.input_processor import InputProcessor, sampling_params_of
+from mini_vllm.engine.process.messages import EngineInfo
 from mini_vllm.executor.base import Executor
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.text.tokenizer import Tokenizer
@@ -78,11 +78,13 @@ def plan_input_processor(args: EngineArgs, tokenizer: Tokenizer, hf_config: HFCo
 
     Everything is read now, so that what is wrong is said before any weights are loaded.
     """
+    generation_config = args.load_generation_config()
     return functools.partial(
         InputProcessor,
         tokenizer,
         vocab_size=hf_config.vocab_size,
-        generation_config=args.load_generation_config(),
+        default_sampling_params=sampling_params_of(generation_config),
+        default_max_tokens=generation_config.get("max_new_tokens"),
         eos_token_ids=args.load_eos_token_ids(hf_config),
         max_logprobs=args.max_logprobs,
     )

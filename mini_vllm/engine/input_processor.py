@@ -48,7 +48,8 @@ class InputProcessor:
 
     max_model_len: tokens a request may hold, prompt and output together.
     vocab_size: rows of the model's embedding.
-    generation_config: the parsed generation_config.json; gives the defaults of `default_sampling_params`.
+    default_sampling_params: what a request without any gets; see `sampling_params_of`.
+    default_max_tokens: what the model's configuration says of `max_tokens`; None when it says nothing.
     eos_token_ids: every id that ends a sequence by the model's configs; the tokenizer's own comes first.
     max_logprobs: the most that a request may ask for at a position; -1 is the whole vocabulary.
 
@@ -61,7 +62,8 @@ class InputProcessor:
         *,
         max_model_len: int,
         vocab_size: int,
-        generation_config: Mapping[str, Any] | None = None,
+        default_sampling_params: SamplingParams | None = None,
+        default_max_tokens: int | None = None,
         eos_token_ids: Sequence[int] = (),
         max_logprobs: int = DEFAULT_MAX_LOGPROBS,
         clock: Callable[[], float],
@@ -71,8 +73,8 @@ class InputProcessor:
         self.vocab_size = vocab_size
         self.clock = clock
         self.checker = ParamChecker(tokenizer, vocab_size, max_logprobs)
-        self.default_sampling_params = default_sampling_params(generation_config or {})
-        self.default_max_tokens: int | None = (generation_config or {}).get("max_new_tokens")
+        self.default_sampling_params = default_sampling_params or SamplingParams()
+        self.default_max_tokens = default_max_tokens
         primary = tokenizer.eos_token_id
         self.eos_token_id = primary if primary is not None else next(iter(eos_token_ids), None)
         self._extra_eos_ids = tuple(i for i in dict.fromkeys(eos_token_ids) if i != self.eos_token_id)
@@ -208,8 +210,8 @@ class InputProcessor:
         return replace(params, stop_token_ids=tuple(stop_ids))
 
 
-def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What a request without parameters gets. Raises `CheckpointError` if the file asks for the impossible."""
+def sampling_params_of(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """What a parsed generation_config.json says. Raises `CheckpointError` if it asks for the impossible."""
     chosen = {
         ours: generation_config[theirs]
         for theirs, ours in _DEFAULTS_FROM_GENERATION_CONFIG.items()

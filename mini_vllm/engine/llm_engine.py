@@ -12,9 +12,9 @@ from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.builder import plan_input_processor, start_core
 from mini_vllm.engine.core_client import EngineCoreClient, InprocClient
 from mini_vllm.engine.input_processor import InputProcessor, PromptType, TokenizedPrompt
+from mini_vllm.engine.metrics.stats import IterationStats, StatLoggerBase
+from mini_vllm.engine.metrics.stats_logger import StatLogger
 from mini_vllm.engine.output_processor import OutputProcessor
-from mini_vllm.engine.stats import IterationStats, StatLoggerBase
-from mini_vllm.engine.stats_logger import StatLogger
 from mini_vllm.engine.trace import StepRecord
 from mini_vllm.exceptions import InvalidParameterError
 from mini_vllm.logger import init_logger

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput
 from mini_vllm.engine.logprobs import TokenTexts
+from mini_vllm.engine.metrics.stats import IterationStats
+from mini_vllm.engine.metrics.tracing import RequestTracer
 from mini_vllm.engine.parallel_sampling import ParentRequest
 from mini_vllm.engine.request_trace import RequestTraceRecorder
-from mini_vllm.engine.stats import IterationStats
-from mini_vllm.engine.tracing import RequestTracer
 from mini_vllm.outputs import RequestOutput
 from mini_vllm.request import Request
 from mini_vllm.text.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput
 from mini_vllm.engine.logprobs import LogprobsShaper, PromptLogprobsCollector, TokenTexts
+from mini_vllm.engine.metrics.stats import FinishedRequestStats, IterationStats, between
 from mini_vllm.engine.sequence_output import SequenceOutput
-from mini_vllm.engine.stats import FinishedRequestStats, IterationStats, between
 from mini_vllm.outputs import RequestMetrics, RequestOutput
 from mini_vllm.request import Request
 from mini_vllm.sampling_params import RequestOutputKind

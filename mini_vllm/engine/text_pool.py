@@ -66,11 +66,14 @@ class TextPool:
     def _expire(self, job: "_Job") -> None:
         """On the event loop: the time of `job` is over, whether it runs, waits for a thread, or nobody cares."""
         with self._lock:
+            has_begun = job.thread is not None
             job.is_wanted = False
             if job.thread in self._threads:
                 self._threads.discard(job.thread)
                 self._num_lost += 1
-        if not job.future.done():
+        if not job.future.done() and not has_begun:
+            job.future.set_exception(OverloadedError("too many prompts are being tokenised", "text_work", 1))
+        elif not job.future.done():
             message = f"could not be processed within {self.timeout:g} s; shorten the text or simplify the template"
             job.future.set_exception(InvalidParameterError("prompt", message))
 

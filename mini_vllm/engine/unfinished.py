@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput, EngineCoreOutputs
 from mini_vllm.engine.admission import Admission
-from mini_vllm.engine.async_core_client import AsyncCoreClient
-from mini_vllm.engine.messages import AbortRequests, Ended, StopRequests
+from mini_vllm.engine.metrics.stats import IterationStats, StatLoggerBase, record_all
 from mini_vllm.engine.output_processor import OutputProcessor
 from mini_vllm.engine.output_stream import OutputStream
+from mini_vllm.engine.process.async_core_client import AsyncCoreClient
+from mini_vllm.engine.process.messages import AbortRequests, Ended, StopRequests
 from mini_vllm.engine.protocol import NewRequest
-from mini_vllm.engine.stats import IterationStats, StatLoggerBase, record_all
 from mini_vllm.exceptions import EngineDeadError, RequestError
 from mini_vllm.logger import init_logger
 from mini_vllm.outputs import RequestOutput

@@ -1,4 +1,4 @@
-"""One application in this process, and one server in its own, for all tests of a module that change nothing about it."""
+"""One application in this process and one server in its own, for all tests that change nothing about them."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -18,6 +18,6 @@ async def app() -> AsyncIterator[FastAPI]:
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[RunningServer]:
-    """`mini-vllm serve` with the bundled model, as a user starts it."""
-    with running_server("--served-model-name", "tiny", "--enable-debug-steps") as running:
+    """`mini-vllm serve` with the bundled model; short contexts keep open-ended requests short."""
+    with running_server("--served-model-name", "tiny", "--max-model-len", "200", "--enable-debug-steps") as running:
         yield running

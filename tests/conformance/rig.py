@@ -6,7 +6,7 @@ from typing import Any
 from mini_vllm.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
 from mini_vllm.entrypoints.openai.chat_request import ChatCompletionRequest
 from mini_vllm.entrypoints.openai.completion_request import CompletionRequest
-from mini_vllm.entrypoints.openai.responses_request import ResponsesInput, ResponsesRequest
+from mini_vllm.entrypoints.openai.responses.request import ResponsesInput, ResponsesRequest
 from mini_vllm.entrypoints.openai.tokenize_request import DetokenizeRequest, TokenizeRequest
 from mini_vllm.entrypoints.server.fields import ApiModel
 

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from mini_vllm.engine.prometheus import metrics_text
+from mini_vllm.engine.metrics.prometheus import metrics_text
 
 OWN = ("engine", "model_name")
 

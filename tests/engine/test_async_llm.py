@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 
 from mini_vllm import LLM
-from mini_vllm.engine.async_core_client import ThreadCoreClient
 from mini_vllm.engine.async_llm import AsyncLLM
 from mini_vllm.engine.input_processor import TokenizedPrompt
 from mini_vllm.engine.intake import Intake
 from mini_vllm.engine.llm_engine import LLMEngine
+from mini_vllm.engine.process.async_core_client import ThreadCoreClient
 from mini_vllm.engine.protocol import NewRequest
 from mini_vllm.exceptions import InvalidParameterError, OverloadedError, PromptTooLongError, RequestError
 from mini_vllm.outputs import RequestOutput

@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mini_vllm.engine.async_core_client import ThreadCoreClient
 from mini_vllm.engine.async_llm import AsyncLLM
 from mini_vllm.engine.core import EngineCore
-from mini_vllm.engine.engine_process import private_folder
-from mini_vllm.engine.mp_client import ProcessCoreClient
+from mini_vllm.engine.process.async_core_client import ThreadCoreClient
+from mini_vllm.engine.process.engine_process import private_folder
+from mini_vllm.engine.process.mp_client import ProcessCoreClient
 from mini_vllm.exceptions import (
     CheckpointError,
     ConfigError,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mini_vllm.engine.input_processor import InputProcessor, default_sampling_params
+from mini_vllm.engine.input_processor import InputProcessor, sampling_params_of
 from mini_vllm.exceptions import CheckpointError, InvalidParameterError, PromptTooLongError
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.text.tokenizer import Tokenizer
@@ -136,18 +136,18 @@ def test_params_of_another_type_are_refused(processor: InputProcessor) -> None:
 
 
 def test_the_generation_config_gives_the_defaults() -> None:
-    params = default_sampling_params({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 99, "x": 1})
+    params = sampling_params_of({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 99, "x": 1})
     assert params == SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=99)
-    assert default_sampling_params({}) == SamplingParams()
+    assert sampling_params_of({}) == SamplingParams()
 
 
 def test_an_impossible_generation_config_is_a_checkpoint_error() -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p: must be in \(0, 1\], got 7"):
-        default_sampling_params({"top_p": 7})
+        sampling_params_of({"top_p": 7})
 
 
 def test_what_models_recommend_beyond_temperature_is_taken_up() -> None:
-    params = default_sampling_params({"repetition_penalty": 1.1, "min_p": 0.05})
+    params = sampling_params_of({"repetition_penalty": 1.1, "min_p": 0.05})
     assert (params.repetition_penalty, params.min_p) == (1.1, 0.05)
 
 

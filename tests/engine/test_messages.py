@@ -15,7 +15,7 @@ from mini_vllm.core.scheduler_output import (
     SchedulerStats,
     TokenLogprobs,
 )
-from mini_vllm.engine.messages import (
+from mini_vllm.engine.process.messages import (
     AbortRequests,
     AddRequests,
     Dying,
@@ -33,7 +33,7 @@ from mini_vllm.engine.messages import (
     decode_to_engine,
     encode,
 )
-from mini_vllm.engine.mp_client import portable_args, why_not_sendable
+from mini_vllm.engine.process.mp_client import portable_args, why_not_sendable
 from mini_vllm.exceptions import (
     CheckpointError,
     ConfigError,

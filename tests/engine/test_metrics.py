@@ -10,9 +10,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from mini_vllm.config import CacheConfig
 from mini_vllm.core.scheduler_output import SchedulerStats
-from mini_vllm.engine.messages import EngineInfo
-from mini_vllm.engine.metric_series import Histogram
-from mini_vllm.engine.prometheus import (
+from mini_vllm.engine.metrics.prometheus import (
     HttpMetrics,
     PrometheusStatLogger,
     ServerMetrics,
@@ -20,7 +18,9 @@ from mini_vllm.engine.prometheus import (
     new_registry,
     token_buckets,
 )
-from mini_vllm.engine.stats import FinishedRequestStats, IterationStats
+from mini_vllm.engine.metrics.series import Histogram
+from mini_vllm.engine.metrics.stats import FinishedRequestStats, IterationStats
+from mini_vllm.engine.process.messages import EngineInfo
 from tests.engine.metrics_table import (
     PROCESS,
     VLLM_CACHE_INFO_LABELS,

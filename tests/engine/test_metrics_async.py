@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from mini_vllm.engine.async_llm import AsyncLLM
-from mini_vllm.engine.prometheus import PrometheusStatLogger, new_registry
+from mini_vllm.engine.metrics.prometheus import PrometheusStatLogger, new_registry
 from mini_vllm.exceptions import OverloadedError
 from mini_vllm.outputs import RequestOutput
 from mini_vllm.sampling_params import RequestOutputKind, SamplingParams

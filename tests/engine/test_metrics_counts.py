@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput, ModelRunnerOutput, SchedulerStats
+from mini_vllm.engine.metrics.prometheus import PrometheusStatLogger, new_registry
+from mini_vllm.engine.metrics.stats import IterationStats, record_all
 from mini_vllm.engine.output_processor import OutputProcessor
-from mini_vllm.engine.prometheus import PrometheusStatLogger, new_registry
-from mini_vllm.engine.stats import IterationStats, record_all
 from mini_vllm.outputs import RequestOutput
 from mini_vllm.request import Request
 from mini_vllm.sampling_params import RequestOutputKind, SamplingParams

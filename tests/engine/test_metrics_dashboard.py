@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mini_vllm.config import CacheConfig
-from mini_vllm.engine.prometheus import ServerMetrics
+from mini_vllm.engine.metrics.prometheus import ServerMetrics
 from tests.engine.metrics_table import PROCESS, Scrape
 from tests.engine.test_metrics import INFO
 

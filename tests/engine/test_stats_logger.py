@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mini_vllm.core.scheduler_output import SchedulerStats
-from mini_vllm.engine.stats import IterationStats
-from mini_vllm.engine.stats_logger import StatLogger, keep_ticking
+from mini_vllm.engine.metrics.stats import IterationStats
+from mini_vllm.engine.metrics.stats_logger import StatLogger, keep_ticking
 from mini_vllm.sampling_params import SamplingParams
 
 IDLE = SchedulerStats()
@@ -18,7 +18,9 @@ IDLE = SchedulerStats()
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr("mini_vllm.engine.stats_logger.logger.info", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(
+        "mini_vllm.engine.metrics.stats_logger.logger.info", lambda text, *args: said.append(text % args)
+    )
     return said
 
 

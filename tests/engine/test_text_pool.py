@@ -40,8 +40,10 @@ async def test_work_runs_in_another_thread_and_its_result_or_error_comes_back() 
 async def test_work_that_takes_too_long_is_refused_and_its_thread_replaced(release: threading.Event) -> None:
     pool = TextPool(timeout=0.05)
     stuck = [asyncio.create_task(pool.run(release.wait)) for _ in range(3)]
-    for result in await asyncio.gather(*stuck, return_exceptions=True):
+    *ran, waited = await asyncio.gather(*stuck, return_exceptions=True)
+    for result in ran:
         assert isinstance(result, InvalidParameterError) and result.field == "prompt" and "0.05 s" in str(result)
+    assert isinstance(waited, OverloadedError)  # it is not at fault
     assert await pool.run(lambda: "served") == "served"
     release.set()
     await until(lambda: pool._num_lost == 0)

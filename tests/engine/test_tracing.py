@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput
+from mini_vllm.engine.metrics.tracing import RequestTracer, make_tracer
 from mini_vllm.engine.output_processor import OutputProcessor
-from mini_vllm.engine.tracing import RequestTracer, make_tracer
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.request import Request
 from mini_vllm.sampling_params import SamplingParams
@@ -206,7 +206,7 @@ def test_a_collector_that_is_gone_holds_up_neither_requests_nor_the_end() -> Non
     ("endpoint", "module"), [("http://h:4317", "grpc"), ("http://h:4318", "http"), ("https://h/v1/traces", "http")]
 )
 def test_the_protocol_follows_the_url(endpoint: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mini_vllm.engine.tracing import _make_exporter
+    from mini_vllm.engine.metrics.tracing import _make_exporter
 
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", raising=False)
     exporter = _make_exporter(endpoint)
@@ -233,7 +233,8 @@ def test_without_the_extra_the_flag_is_refused_with_what_to_install(monkeypatch:
 
 
 def test_nothing_of_opentelemetry_is_imported_when_it_is_off() -> None:
-    program = "import sys, mini_vllm.engine.llm_engine, mini_vllm.engine.tracing; print('opentelemetry' in sys.modules)"
+    modules = "mini_vllm.engine.llm_engine, mini_vllm.engine.metrics.tracing"
+    program = f"import sys, {modules}; print('opentelemetry' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 

@@ -79,7 +79,8 @@ def terminal(*args: str) -> Iterator[Terminal]:
 
 
 def _own_the_terminal() -> None:
-    """So that Ctrl-C typed into it is a signal for this process."""
+    """So that Ctrl-C typed into it is a signal for this process, even if whoever runs the tests ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import fcntl
     import termios
 

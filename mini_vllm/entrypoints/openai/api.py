@@ -5,11 +5,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from mini_vllm.entrypoints.openai import chat, completions, models, responses, tokenize
+from mini_vllm.entrypoints.openai import chat, completions, models, tokenize
 from mini_vllm.entrypoints.openai.bodies import ChatCompletion, Chunk, Completion
 from mini_vllm.entrypoints.openai.chat_request import ChatCompletionRequest
 from mini_vllm.entrypoints.openai.completion_request import CompletionRequest
 from mini_vllm.entrypoints.openai.documentation import answers, object_of, schema_of
+from mini_vllm.entrypoints.openai.responses import api as responses_api
 from mini_vllm.entrypoints.openai.tokenize_request import DetokenizeRequest, TokenizeRequest
 from mini_vllm.entrypoints.server.routing import ApiRoute
 
@@ -83,4 +84,4 @@ async def create_detokenization(body: DetokenizeRequest, request: Request) -> Re
 
 
 # As they are: a router within a router would be looked through for each request.
-router.routes.extend(responses.router.routes)
+router.routes.extend(responses_api.router.routes)

@@ -6,6 +6,7 @@ accident.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from mini_vllm.entrypoints.openai.bodies import (
     ChatLogprob,
@@ -25,27 +26,36 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
 
-class TokenNames:
-    """What tokens are called. as_ids: `token_id:N` instead of their text. mark: before bytes that are no text."""
+class TokenNames(dict[int, str]):
+    """What tokens are called, each worked out once. as_ids: `token_id:N` instead of their text. mark: before bytes that
+    are no text."""
 
     def __init__(self, token_bytes: TokenBytes, as_ids: bool, mark: str = "") -> None:
+        super().__init__()
         self.bytes = token_bytes
         self._as_ids = as_ids
         self._mark = mark
 
-    def __getitem__(self, token_id: int) -> str:
-        if self._as_ids:
-            return f"token_id:{token_id}"
-        raw = self.bytes[token_id]
+    def __missing__(self, token_id: int) -> str:
+        self[token_id] = name = f"token_id:{token_id}" if self._as_ids else self._read(self.bytes[token_id])
+        return name
+
+    def _read(self, raw: bytes) -> str:
         text = _text_of(raw)
         return self._mark + "".join(f"\\x{byte:02x}" for byte in raw) if text is None else text
+
+
+@lru_cache(maxsize=16)
+def token_names_of(tokenizer: Tokenizer, as_ids: bool, mark: str = "") -> TokenNames:
+    """The one table of a tokenizer for each way to name tokens."""
+    return TokenNames(token_bytes_of(tokenizer), as_ids, mark)
 
 
 class ChatLogprobsShaper:
     """For the choices of one chat. params: what was asked for."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, as_ids: bool) -> None:
-        self._names = TokenNames(token_bytes_of(tokenizer), as_ids)
+        self._names = token_names_of(tokenizer, as_ids)
         self._num_top = params.logprobs or 0
         self._by_id = frozenset(params.logprob_token_ids or ())
 
@@ -80,7 +90,7 @@ class CompletionLogprobsShaper:
     def __init__(
         self, tokenizer: Tokenizer, params: SamplingParams, as_ids: bool, prompt_token_ids: Sequence[int], offset: int
     ) -> None:
-        self._names = TokenNames(token_bytes_of(tokenizer), as_ids, mark="bytes:")
+        self._names = token_names_of(tokenizer, as_ids, mark="bytes:")
         self._tokenizer = tokenizer
         self._params = params
         self._prompt_token_ids = prompt_token_ids

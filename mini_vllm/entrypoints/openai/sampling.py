@@ -56,7 +56,7 @@ def _token_id(key: str) -> int:
 
 def with_max_tokens(params: SamplingParams, max_tokens: int) -> SamplingParams:
     """For one prompt. 0, to score the prompt alone, is one token, which nobody gets to see."""
-    return replace(params, max_tokens=max(max_tokens, 1))
+    return params.with_max_tokens(max(max_tokens, 1))
 
 
 def tokens_to_generate(

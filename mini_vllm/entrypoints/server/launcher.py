@@ -7,6 +7,7 @@ the engine is dead for good, its requests have got their errors, and the process
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -111,6 +112,7 @@ class _Life:
         state = make_state(engine, self.args, self.model_name)
         state.metrics = observers.watch(engine)
         self.app = build_app(state)
+        gc.freeze()  # what is there now stays; a full collection that looks at it stops every stream for 100 ms
         self.announce(state, sock)
         if await _first(engine.wait_dead(), self.stopping.wait()) == 0:
             return await self._mourn(state, engine)

@@ -5,11 +5,11 @@ import time
 
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.async_llm import AsyncLLM
-from mini_vllm.engine.prometheus import ServerMetrics
+from mini_vllm.engine.metrics.prometheus import ServerMetrics
+from mini_vllm.engine.metrics.stats import StatLoggerBase
+from mini_vllm.engine.metrics.stats_logger import StatLogger, keep_ticking
+from mini_vllm.engine.metrics.tracing import RequestTracer, make_tracer
 from mini_vllm.engine.request_trace import RequestTraceRecorder
-from mini_vllm.engine.stats import StatLoggerBase
-from mini_vllm.engine.stats_logger import StatLogger, keep_ticking
-from mini_vllm.engine.tracing import RequestTracer, make_tracer
 from mini_vllm.entrypoints.server.serve_args import ServeArgs
 
 

@@ -30,7 +30,12 @@ def routers(args: ServeArgs) -> list[APIRouter]:
     return chosen
 
 
-@router.get("/health")
+_NOT_SERVING: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Requests are not served just now.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+
+
+@router.get("/health", response_class=Response, responses=_NOT_SERVING)
 async def health(request: Request) -> Response:
     """Empty with 200 while requests are served; 503 while they are not."""
     state = state_of(request)
@@ -43,8 +48,8 @@ async def health(request: Request) -> Response:
     return Response(status_code=200)
 
 
-@router.get("/ping")
-@router.post("/ping")
+@router.get("/ping", response_class=Response, responses=_NOT_SERVING)
+@router.post("/ping", response_class=Response, responses=_NOT_SERVING)
 async def ping(request: Request) -> Response:
     """The same under the name that SageMaker asks for."""
     return await health(request)
@@ -61,7 +66,7 @@ async def load(request: Request) -> Response:
     return json_response({"server_load": state_of(request).num_in_flight})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Everything Prometheus may want to know, in its text format or OpenMetrics'."""
     state = state_of(request)

@@ -1,9 +1,13 @@
 """uvicorn's HTTP protocol with a limit on the request line and headers, which httptools collects without one.
 
+It also tells the request that runs, and not only the last one that was pipelined behind it, when its client leaves.
+
 What does not parse as HTTP never reaches the application, so its answer is made here, in the API's own shape.
 """
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mini_vllm.entrypoints.server.encoding import encode
 from mini_vllm.entrypoints.server.errors import ApiError, openai_error
@@ -23,6 +27,18 @@ def limited_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
 class _LimitedProtocol(HttpToolsProtocol):
     max_header_bytes: int
     _num_header_bytes = 0
+    _running: RequestResponseCycle | None = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         self._num_header_bytes = 0

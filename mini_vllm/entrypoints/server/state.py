@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import HTTPConnection
 
-from mini_vllm.engine.prometheus import ServerMetrics
+from mini_vllm.engine.metrics.prometheus import ServerMetrics
 from mini_vllm.engine.protocol import EngineClient
 from mini_vllm.entrypoints.server.api_keys import ApiKeys, load_api_keys
 from mini_vllm.entrypoints.server.serve_args import ServeArgs
@@ -57,7 +57,7 @@ def make_state(
 
     api_keys: in place of those that the arguments (and the environment) name.
     """
-    from mini_vllm.entrypoints.openai.responses_store import ResponseStore
+    from mini_vllm.entrypoints.openai.responses.store import ResponseStore
 
     if api_keys is None:
         api_keys = ApiKeys(load_api_keys(args.api_key, args.api_key_file), args.share_prefix_cache)

@@ -7,7 +7,7 @@ import pytest
 from openai.types.responses import input_token_count_params, response_create_params
 from openai.types.responses.response_input_item_param import ResponseInputItemParam
 
-from mini_vllm.entrypoints.openai.responses_request import ResponsesInput, ResponsesRequest
+from mini_vllm.entrypoints.openai.responses.request import ResponsesInput, ResponsesRequest
 from mini_vllm.entrypoints.server.fields import ApiModel
 from tests.entrypoints.sdk import CHATML
 from tests.entrypoints.server.rig import client, serving

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mini_vllm.entrypoints.openai.responses_store import EventLog, ResponseStore, StoredResponse
+from mini_vllm.entrypoints.openai.responses.store import EventLog, ResponseStore, StoredResponse
 from mini_vllm.entrypoints.server.errors import ApiError
 from mini_vllm.exceptions import OverloadedError
 

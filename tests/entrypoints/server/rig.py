@@ -24,7 +24,7 @@ from typing import IO, Any
 import httpx2
 from fastapi import APIRouter, FastAPI
 
-from mini_vllm.engine.prometheus import ServerMetrics
+from mini_vllm.engine.metrics.prometheus import ServerMetrics
 from mini_vllm.entrypoints.server.app import assemble, build_app
 from mini_vllm.entrypoints.server.serve_args import ServeArgs
 from mini_vllm.entrypoints.server.state import ServerState, make_state

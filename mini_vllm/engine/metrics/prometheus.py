@@ -16,10 +16,10 @@ from prometheus_client.registry import CollectorRegistry
 from mini_vllm.config import CacheConfig
 from mini_vllm.core.scheduler_output import SchedulerStats
 from mini_vllm.engine.arg_utils import EngineArgs
-from mini_vllm.engine.http_metrics import HttpMetrics
-from mini_vllm.engine.messages import EngineInfo
-from mini_vllm.engine.metric_series import Histogram, Value, counter, gauge, histogram
-from mini_vllm.engine.stats import FinishedRequestStats, IterationStats
+from mini_vllm.engine.metrics.http import HttpMetrics
+from mini_vllm.engine.metrics.series import Histogram, Value, counter, gauge, histogram
+from mini_vllm.engine.metrics.stats import FinishedRequestStats, IterationStats
+from mini_vllm.engine.process.messages import EngineInfo
 
 LABELS = ("model_name", "engine")
 PREFIX = "vllm:"

@@ -1,6 +1,6 @@
 """One engine process from start to end, as its parent sees it.
 
-`EngineProcess` starts `engine/core_proc.py`, carries messages to and from it, and notices its death at once (a thread
+`EngineProcess` starts `core_proc.py`, carries messages to and from it, and notices its death at once (a thread
 waits for it) and its hanging after a while (an engine that is well is never silent for long). The sockets are in a
 folder that only this user may enter, which goes when the process does.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 import zmq
 
-from mini_vllm.engine.core_proc import FROM_ENGINE, TO_ENGINE
-from mini_vllm.engine.messages import (
+from mini_vllm.engine.process.core_proc import FROM_ENGINE, TO_ENGINE
+from mini_vllm.engine.process.messages import (
     Dying,
     EngineInfo,
     FromEngine,
@@ -91,7 +91,7 @@ class EngineProcess:
         """The same interpreter with the same import path; what it prints goes where our errors go."""
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         environment = {**engine_environment(os.environ, num_threads), "PYTHONPATH": path}
-        command = [sys.executable, "-P", "-m", "mini_vllm.engine.core_proc", self._folder, str(os.getpid())]
+        command = [sys.executable, "-P", "-m", "mini_vllm.engine.process.core_proc", self._folder, str(os.getpid())]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment)
 
     async def wait_ready(self) -> EngineInfo:

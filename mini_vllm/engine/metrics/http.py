@@ -6,7 +6,7 @@ handler is the template of a route, never a path, and methods that are none are 
 
 from prometheus_client.registry import CollectorRegistry
 
-from mini_vllm.engine.metric_series import counter, histogram, summary
+from mini_vllm.engine.metrics.series import counter, histogram, summary
 
 UNMATCHED = "none"
 """The handler of requests that no route takes."""

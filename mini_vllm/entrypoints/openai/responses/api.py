@@ -16,12 +16,12 @@ from mini_vllm.entrypoints.openai.chat_request import ChatCompletionRequest
 from mini_vllm.entrypoints.openai.documentation import answers, object_of, schema_of
 from mini_vllm.entrypoints.openai.limits import check_sampling
 from mini_vllm.entrypoints.openai.logprobs import ChatLogprobsShaper
-from mini_vllm.entrypoints.openai.responses_input import KeptItem
-from mini_vllm.entrypoints.openai.responses_objects import ItemList, ResponseObject
-from mini_vllm.entrypoints.openai.responses_prompt import Fitter, about_input, as_chat, conversation_of, resolved_input
-from mini_vllm.entrypoints.openai.responses_request import ResponsesInput, ResponsesRequest
-from mini_vllm.entrypoints.openai.responses_run import Generation, LogprobsOf, run_in_background
-from mini_vllm.entrypoints.openai.responses_store import EventLog, ResponseStore, StoredResponse
+from mini_vllm.entrypoints.openai.responses.input import KeptItem
+from mini_vllm.entrypoints.openai.responses.objects import ItemList, ResponseObject
+from mini_vllm.entrypoints.openai.responses.prompt import Fitter, about_input, as_chat, conversation_of, resolved_input
+from mini_vllm.entrypoints.openai.responses.request import ResponsesInput, ResponsesRequest
+from mini_vllm.entrypoints.openai.responses.run import Generation, LogprobsOf, run_in_background
+from mini_vllm.entrypoints.openai.responses.store import EventLog, ResponseStore, StoredResponse
 from mini_vllm.entrypoints.openai.sampling import chat_params, with_max_tokens
 from mini_vllm.entrypoints.openai.sampling_request import explicit
 from mini_vllm.entrypoints.server.context import context_of

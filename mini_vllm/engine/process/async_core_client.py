@@ -1,7 +1,7 @@
 """How an asynchronous shell reaches the core, and the client whose core runs in a thread of this process.
 
 A client only carries messages: `AsyncLLM` decides what they mean. The client of an engine process is in
-`engine/mp_client.py`.
+`engine/process/mp_client.py`.
 """
 
 import asyncio
@@ -14,9 +14,9 @@ from typing import Protocol
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.builder import describe_core, start_core
 from mini_vllm.engine.core import EngineCore
-from mini_vllm.engine.core_loop import CoreLoop
-from mini_vllm.engine.messages import EngineInfo, FromEngine, Shutdown, ToEngine
-from mini_vllm.engine.warm_up import warm_up
+from mini_vllm.engine.process.core_loop import CoreLoop
+from mini_vllm.engine.process.messages import EngineInfo, FromEngine, Shutdown, ToEngine
+from mini_vllm.engine.process.warm_up import warm_up
 from mini_vllm.exceptions import EngineDeadError
 from mini_vllm.logger import init_logger
 from mini_vllm.text.tokenizer import Tokenizer

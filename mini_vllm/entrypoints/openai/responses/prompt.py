@@ -9,15 +9,15 @@ from typing import Any
 from mini_vllm.engine.input_processor import TokenizedPrompt
 from mini_vllm.entrypoints.openai.chat_prompt import ChatPrompter, Conversation
 from mini_vllm.entrypoints.openai.chat_request import ChatCompletionRequest, ChatMessage
-from mini_vllm.entrypoints.openai.responses_input import (
+from mini_vllm.entrypoints.openai.responses.input import (
     ItemReference,
     KeptItem,
     chat_messages,
     kept_item,
     user_message,
 )
-from mini_vllm.entrypoints.openai.responses_request import ResponsesInput, ResponsesRequest
-from mini_vllm.entrypoints.openai.responses_store import ResponseStore
+from mini_vllm.entrypoints.openai.responses.request import ResponsesInput, ResponsesRequest
+from mini_vllm.entrypoints.openai.responses.store import ResponseStore
 from mini_vllm.entrypoints.openai.sampling import tokens_to_generate
 from mini_vllm.entrypoints.openai.sampling_request import SamplingFields, explicit
 from mini_vllm.entrypoints.server.errors import ApiError

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput, EngineCoreOutputs
 from mini_vllm.engine.core import EngineCore
-from mini_vllm.engine.messages import (
+from mini_vllm.engine.process.messages import (
     AbortRequests,
     AddRequests,
     Ended,

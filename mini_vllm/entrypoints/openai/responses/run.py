@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 
 from mini_vllm.engine.protocol import RequestStream
 from mini_vllm.entrypoints.openai.bodies import ChatLogprob
-from mini_vllm.entrypoints.openai.responses_events import EventWriter
-from mini_vllm.entrypoints.openai.responses_objects import (
+from mini_vllm.entrypoints.openai.responses.events import EventWriter
+from mini_vllm.entrypoints.openai.responses.objects import (
     InputTokensDetails,
     OutputMessage,
     OutputText,
@@ -15,7 +15,7 @@ from mini_vllm.entrypoints.openai.responses_objects import (
     ResponseObject,
     ResponseUsage,
 )
-from mini_vllm.entrypoints.openai.responses_store import ResponseStore, StoredResponse
+from mini_vllm.entrypoints.openai.responses.store import ResponseStore, StoredResponse
 from mini_vllm.entrypoints.server.encoding import encode
 from mini_vllm.entrypoints.server.errors import api_error_from
 from mini_vllm.exceptions import MiniVLLMError, OverloadedError

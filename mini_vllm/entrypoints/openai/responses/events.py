@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mini_vllm.entrypoints.openai.bodies import ChatLogprob
-from mini_vllm.entrypoints.openai.responses_objects import OutputMessage, OutputText, ResponseObject
+from mini_vllm.entrypoints.openai.responses.objects import OutputMessage, OutputText, ResponseObject
 from mini_vllm.entrypoints.server.encoding import encode
 from mini_vllm.entrypoints.server.streaming import named_event
 

@@ -1,6 +1,6 @@
 """The client of an engine in a process of its own, and of the processes that take its place when it dies.
 
-See `engine/engine_process.py` for one process. Here is what outlives it: the arguments it is started with, and the
+See `engine_process.py` for one process. Here is what outlives it: the arguments it is started with, and the
 decision whether to start another.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from mini_vllm.engine.arg_utils import EngineArgs
-from mini_vllm.engine.engine_process import EngineProcess
-from mini_vllm.engine.messages import AddRequests, EngineCoreRequest, EngineInfo, FromEngine, ToEngine, encode
+from mini_vllm.engine.process.engine_process import EngineProcess
+from mini_vllm.engine.process.messages import AddRequests, EngineCoreRequest, EngineInfo, FromEngine, ToEngine, encode
 from mini_vllm.exceptions import ConfigError, InvalidParameterError
 from mini_vllm.logger import init_logger
 

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 
 from mini_vllm.core.scheduler_output import SchedulerStats
-from mini_vllm.engine.stats import IterationStats
+from mini_vllm.engine.metrics.stats import IterationStats
 from mini_vllm.logger import init_logger
 
 logger = init_logger(__name__)

@@ -1,8 +1,8 @@
 """The engine process: builds the core, says that it is ready, and runs its loop until told to stop.
 
-Started by `engine/mp_client.py` as `python -m mini_vllm.engine.core_proc SOCKETS PARENT_PID`, with nothing of the API
-in it. It ignores interrupts, which are the parent's to handle, and never outlives the parent. On SIGTERM it finishes
-the requests it has (a second one stops it at once). Everything it logs goes to stderr.
+Started by `engine_process.py` as `python -m mini_vllm.engine.process.core_proc SOCKETS PARENT_PID`, with nothing of
+the API in it. It ignores interrupts, which are the parent's to handle, and never outlives the parent. On SIGTERM it
+finishes the requests it has (a second one stops it at once). Everything it logs goes to stderr.
 """
 
 import ctypes
@@ -19,8 +19,8 @@ import zmq
 
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.builder import describe_core, start_core
-from mini_vllm.engine.core_loop import CoreLoop
-from mini_vllm.engine.messages import (
+from mini_vllm.engine.process.core_loop import CoreLoop
+from mini_vllm.engine.process.messages import (
     Dying,
     ErrorReport,
     FromEngine,
@@ -32,7 +32,7 @@ from mini_vllm.engine.messages import (
     decode_to_engine,
     encode,
 )
-from mini_vllm.engine.warm_up import warm_up
+from mini_vllm.engine.process.warm_up import warm_up
 from mini_vllm.exceptions import MiniVLLMError
 from mini_vllm.logger import init_logger
 

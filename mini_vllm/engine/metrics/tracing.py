@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from mini_vllm.engine.metrics.stats import between
 from mini_vllm.engine.parallel_sampling import ParentRequest
-from mini_vllm.engine.stats import between
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.logger import init_logger
 

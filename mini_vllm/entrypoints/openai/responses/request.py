@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from mini_vllm.entrypoints.openai.field_tables import ACCEPTED_BY_ALL, REFUSED_BY_ALL
-from mini_vllm.entrypoints.openai.responses_input import InputItem
+from mini_vllm.entrypoints.openai.responses.input import InputItem
 from mini_vllm.entrypoints.openai.sampling_request import SamplingFields, StrictModel
 from mini_vllm.entrypoints.server.fields import Refused
 from mini_vllm.exceptions import InvalidParameterError

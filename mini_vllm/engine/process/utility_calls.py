@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mini_vllm.engine.messages import UtilityCall, UtilityResult
+from mini_vllm.engine.process.messages import UtilityCall, UtilityResult
 from mini_vllm.exceptions import EngineDeadError
 
 T = TypeVar("T")
