@@ -13,6 +13,7 @@ SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 PreemptionPolicy = Literal["latest", "least-work"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DEFAULT_BLOCK_SIZE = 16
+QUANTIZATION_METHODS = ("int8", "int4", "int8_per_channel_weight_only")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,51 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class QuantizationOptions:
+    """How weights are quantised while they load; a checkpoint's own format needs none of this.
+
+    method: 'int8' (weights per channel, activations per token), 'int8_per_channel_weight_only', or 'int4' (weights per
+        group, activations as for int8).
+    group_size: inputs that share a scale; None is 32. symmetric: int4 weights around 0, else above a minimum.
+    activation_scales: 'token', or 'group' (`group_size` inputs of a token).
+    lm_head: 'int8', 'int4', 'same' (as the other layers) or 'none'.
+    skip_layers: names of layers, parts of names, or patterns (*.down_proj), that stay as they are.
+    """
+
+    method: str
+    group_size: int | None = None
+    symmetric: bool = True
+    activation_scales: str = "token"
+    lm_head: str = "int8"
+    skip_layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_one_of("quantization", self.method, QUANTIZATION_METHODS)
+        _require_one_of("quantization_activation_scales", self.activation_scales, ("token", "group"))
+        _require_one_of("quantization_lm_head", self.lm_head, ("int8", "int4", "same", "none"))
+        if self.group_size is not None:
+            _require_one_of("quantization_group_size", self.group_size, (32, 64, 128))
+        weight_only = self.method == "int8_per_channel_weight_only"
+        has_int4 = self.method == "int4" or self.lm_head == "int4"
+        if weight_only and (self.activation_scales == "group" or self.lm_head == "int4"):
+            raise ConfigError(
+                f"quantization: {self.method!r} leaves activations as they are, so it goes with neither "
+                "quantization_activation_scales='group' nor quantization_lm_head='int4'"
+            )
+        if not has_int4 and not self.symmetric:
+            raise ConfigError("quantization_symmetric: False is for int4 weights; int8 ones are always symmetric")
+        if not has_int4 and self.activation_scales == "token" and self.group_size is not None:
+            raise ConfigError(
+                "quantization_group_size: nothing has groups here; it goes with int4 weights or "
+                "quantization_activation_scales='group'"
+            )
+
+    @property
+    def resolved_group_size(self) -> int:
+        return 32 if self.group_size is None else self.group_size
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model, and in what precision.
 
@@ -86,6 +132,7 @@ class ModelConfig:
     dtype: resolved torch dtype name ('float32', 'bfloat16', 'float16'), never 'auto'.
     max_model_len: resolved limit in tokens; None means 'auto' until the pool is sized.
     tokenizer_vocab_size: ids above this are masked, since no token stands behind them; None masks nothing.
+    quantization: what plain weights become while they load; None leaves them as they are.
     logits_processors: classes (or "module:Class") of `sampling.logits_processor.LogitsProcessor`.
     """
 
@@ -96,7 +143,7 @@ class ModelConfig:
     tokenizer: str | None = None
     tokenizer_vocab_size: int | None = None
     served_model_name: str | None = None
-    quantization: str | None = None
+    quantization: QuantizationOptions | None = None
     seed: int = 0
     logits_processors: tuple[Any, ...] = ()
 
@@ -165,6 +212,6 @@ def _require_at_least(name: str, value: int, minimum: int) -> None:
         raise ConfigError(f"{name}: must be an integer of at least {minimum}, got {value!r}")
 
 
-def _require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _require_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{name}: must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -13,10 +13,14 @@ import torch
 from mini_vllm.attention.backend import AttentionBackend
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.logger import init_logger
+from mini_vllm.platforms import current_platform
 
 logger = init_logger(__name__)
 
-_BACKENDS = {"TORCH_REF": ("mini_vllm.attention.torch_ref", "TorchRefBackend")}
+_BACKENDS = {
+    "CPU_NATIVE": ("mini_vllm.attention.native", "NativeBackend"),
+    "TORCH_REF": ("mini_vllm.attention.torch_ref", "TorchRefBackend"),
+}
 _forced: list[str] = []
 
 
@@ -48,10 +52,18 @@ def get_attn_backend(name: str | None, head_size: int, dtype: torch.dtype) -> ty
     if name is None and _forced:
         name = _forced[-1]
     if name is None:
-        from mini_vllm.platforms import current_platform
-
-        name = current_platform.default_attn_backend(head_size, dtype)
+        name = _default_backend(head_size, dtype)
     return _cached_backend(name.upper(), head_size, dtype)
+
+
+def _default_backend(head_size: int, dtype: torch.dtype) -> str:
+    """The first of the platform's candidates that can serve such layers; the last one always can."""
+    *candidates, last = current_platform.attn_backends()
+    for name in candidates:
+        module, class_name = _BACKENDS[name]
+        if getattr(import_module(module), class_name).supports(head_size, dtype) is None:
+            return name
+    return last
 
 
 @functools.cache

@@ -25,12 +25,14 @@ from mini_vllm.config import (
     ObservabilityConfig,
     ParallelConfig,
     PreemptionPolicy,
+    QuantizationOptions,
     SchedulerConfig,
     SchedulingPolicy,
 )
 from mini_vllm.engine.arg_values import (
     parse_logits_processors,
     parse_max_model_len,
+    parse_names,
     parse_size,
     parse_tenant_weights,
 )
@@ -56,6 +58,14 @@ _DTYPES = {
     "half": "float16",
 }
 
+_QUANTIZATIONS = {
+    "w8a8": "int8",
+    "w8a16": "int8_per_channel_weight_only",
+    "int8_wo": "int8_per_channel_weight_only",
+    "w4a8": "int4",
+}
+"""Short names of methods."""
+
 _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     """allowed_local_media_path api_server_count async_scheduling calculate_kv_scales code_revision
     collect_detailed_traces compilation_config config_format cpu_offload_gb data_parallel_address
@@ -70,7 +80,7 @@ _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     max_loras max_num_partial_prefills max_parallel_loading_workers mm_encoder_tp_mode mm_processor_cache_gb
     mm_processor_kwargs model_impl model_loader_extra_config node_rank nnodes observability_config
     otlp_traces_endpoint override_attention_dtype override_generation_config pipeline_parallel_size
-    pooler_config prefill_context_parallel_size prefix_caching_hash_algo pt_load_map_location quantization
+    pooler_config prefill_context_parallel_size prefix_caching_hash_algo pt_load_map_location
     ray_workers_use_nsight reasoning_parser runner scheduler_cls served_model_name
     show_hidden_metrics_for_version skip_tokenizer_init speculative_config stream_interval
     structured_outputs_config swap_space task tokenizer_mode video_pruning_rate worker_cls
@@ -138,6 +148,33 @@ class EngineArgs:
         True, "load", "Show progress of downloading and loading; never shown where standard error is no terminal."
     )
 
+    quantization: str | None = _arg(
+        None, "quantization",
+        "What weights become while they load: int8 (alias w8a8; weights per channel, activations per token), "
+        "int8_per_channel_weight_only (alias int8_wo, w8a16) or int4 (alias w4a8; weights per group).",
+    )  # fmt: skip
+    quantization_group_size: int | None = _arg(
+        None,
+        "quantization",
+        "Inputs that share a scale, for int4 and per-group activations: 32, 64 or 128. Default: 32.",
+    )
+    quantization_symmetric: bool = _arg(
+        True, "quantization", "Keep int4 weights symmetric around 0; otherwise each group has a minimum as well."
+    )
+    quantization_activation_scales: str = _arg(
+        "token", "quantization",
+        "What part of a token's activations shares a scale: all of it (token), or a group, which outliers hurt less.",
+        ("token", "group"),
+    )  # fmt: skip
+    quantization_lm_head: str = _arg(
+        "int8", "quantization", "The head's weights; same is as the other layers, none leaves them as they are.",
+        ("int8", "int4", "same", "none"),
+    )  # fmt: skip
+    quantization_skip_layers: tuple[str, ...] = _arg(
+        (), "quantization",
+        "Layers that stay as they are: names, parts of names or patterns, such as down_proj,model.layers.0,*.3.mlp.*",
+    )  # fmt: skip
+
     block_size: int = _arg(DEFAULT_BLOCK_SIZE, "cache", "Tokens in one KV cache block.")
     enable_prefix_caching: bool = _arg(True, "cache", "Reuse the KV cache of prompts that begin alike.")
     gpu_memory_utilization: float = _arg(
@@ -193,12 +230,25 @@ class EngineArgs:
         if self.max_logprobs < -1:
             raise ConfigError(f"max_logprobs: must be -1 (all) or at least 0, got {self.max_logprobs}")
         object.__setattr__(self, "logits_processors", parse_logits_processors(self.logits_processors))
+        object.__setattr__(self, "quantization_skip_layers", parse_names(self.quantization_skip_layers))
+        self.quantization_options()  # refused here if they are wrong
         object.__setattr__(self, "tenant_weights", parse_tenant_weights(self.tenant_weights))
         object.__setattr__(self, "max_model_len", parse_max_model_len(self.max_model_len))
         if self.kv_cache_memory_bytes is not None:
             object.__setattr__(
                 self, "kv_cache_memory_bytes", parse_size("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
             )
+
+    def quantization_options(self) -> QuantizationOptions | None:
+        """What was asked of quantisation while loading; None for nothing."""
+        prefix = "quantization_"
+        fields = [f for f in dataclasses.fields(self) if f.name.startswith(prefix)]
+        options = {f.name.removeprefix(prefix): getattr(self, f.name) for f in fields}
+        if self.quantization is not None:
+            return QuantizationOptions(_QUANTIZATIONS.get(self.quantization, self.quantization), **options)
+        if changed := [f.name for f in fields if getattr(self, f.name) != f.default]:
+            raise ConfigError(f"{changed[0]}: nothing is quantised; name a method with quantization")
+        return None
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineArgs":
@@ -308,6 +358,7 @@ class EngineArgs:
                 max_model_len=max_model_len,
                 tokenizer=tokenizer.name_or_path,
                 tokenizer_vocab_size=tokenizer.vocab_size,
+                quantization=self.quantization_options(),
                 seed=secrets.randbits(63) if self.seed is None else self.seed,
                 logits_processors=self.logits_processors,
             ),
@@ -384,6 +435,9 @@ _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
     "revision": (str,), "tokenizer_revision": (str,), "download_dir": (str, os.PathLike), "use_tqdm_on_load": (bool,),
     "dtype": (str,), "load_format": (str,), "scheduling_policy": (str,), "preemption_policy": (str,),
     "device": (str,), "attention_backend": (str,),
+    "quantization": (str,), "quantization_group_size": (int,), "quantization_symmetric": (bool,),
+    "quantization_activation_scales": (str,), "quantization_lm_head": (str,),
+    "quantization_skip_layers": (str, tuple, list),
     "trust_remote_code": (bool,), "enable_prefix_caching": (bool,), "disable_log_stats": (bool,),
     "step_trace_capacity": (int,), "step_trace_detailed": (bool,),
     "block_size": (int,), "num_gpu_blocks_override": (int,), "max_num_batched_tokens": (int,), "max_num_seqs": (int,),
@@ -392,7 +446,7 @@ _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
 }  # fmt: skip
 _MAY_BE_NONE = frozenset(
     "model tokenizer revision tokenizer_revision download_dir seed num_gpu_blocks_override num_threads "
-    "attention_backend".split()
+    "attention_backend quantization quantization_group_size".split()
 )
 
 

@@ -36,6 +36,14 @@ def parse_logits_processors(value: Any) -> tuple[Any, ...]:
     return items
 
 
+def parse_names(value: Any) -> tuple[str, ...]:
+    """Names, as a list or as text with commas between."""
+    items = value.split(",") if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(name, str) for name in items):
+        raise ConfigError(f"quantization_skip_layers: must be names, got {value!r}")
+    return tuple(name.strip() for name in items if name.strip())
+
+
 def parse_tenant_weights(value: Any) -> dict[str, float]:
     """A mapping of names to numbers above 0, or text such as batch=0.5,chat=2."""
     if isinstance(value, str):

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mini_vllm.exceptions import UnsupportedModelError
+from mini_vllm.ops.activation import GatedActivation, act_and_mul
 
 
 class SiluAndMul(nn.Module):
     """silu(gate) * up (SwiGLU, Shazeer 2020) on a fused projection: [N, 2 d] -> [N, d]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
+        return act_and_mul(x, "silu")
 
 
 class GeluAndMul(nn.Module):
@@ -25,11 +24,10 @@ class GeluAndMul(nn.Module):
 
     def __init__(self, approximate: str) -> None:
         super().__init__()
-        self.approximate = approximate
+        self.activation: GatedActivation = "gelu_tanh" if approximate == "tanh" else "gelu"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, -1)
-        return F.gelu(gate, approximate=self.approximate) * up
+        return act_and_mul(x, self.activation)
 
 
 def _gelu_tanh() -> nn.Module:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mini_vllm.layers.linear import LoadedWeight, check_shape
+from mini_vllm.ops.norm import rms_norm
 from mini_vllm.quantization.base import set_weight_attrs
 
 
@@ -21,9 +22,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual [N, hidden] -> (norm(x + residual), x + residual); without a residual the sum is x itself."""
-        if residual is not None:
-            x = x + residual
-        return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps), x
+        return rms_norm(x, residual, self.weight, self.eps)
 
     def weight_loader(
         self, param: nn.Parameter, tensor: LoadedWeight, shard_id: object = None, expert_id: int | None = None
@@ -41,11 +40,6 @@ class GemmaRMSNorm(RMSNorm):
 
     def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(hidden_size, eps, dtype=torch.float32)
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual is not None:
-            x = x + residual
-        return F.rms_norm(x.float(), (self.hidden_size,), self.weight, self.eps).to(x.dtype), x
 
     def weight_loader(
         self, param: nn.Parameter, tensor: LoadedWeight, shard_id: object = None, expert_id: int | None = None

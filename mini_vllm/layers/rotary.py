@@ -12,6 +12,9 @@ from torch import nn
 from mini_vllm.exceptions import CheckpointError
 from mini_vllm.hf_config import RopeConfig
 from mini_vllm.layers.rope_scaling import rope_frequencies
+from mini_vllm.ops.rotary import apply_rotary
+
+__all__ = ["RotaryEmbedding", "apply_rotary"]
 
 
 class RotaryEmbedding(nn.Module):
@@ -38,13 +41,3 @@ class RotaryEmbedding(nn.Module):
         if self.attention_factor != 1:  # on queries and on keys, so that scores carry its square
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
-
-
-def apply_rotary(x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn heads x [N, heads, head_size] by `RotaryEmbedding(positions)`; computed in float32, returned in x's type."""
-    cos, sin = cos_sin
-    rotary_dim = cos.shape[-1]
-    turned = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
-    first, second = turned.chunk(2, -1)
-    turned = torch.addcmul(turned * cos, torch.cat((second, first), -1), sin).to(x.dtype)
-    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), -1)

@@ -101,5 +101,5 @@ def release_weights(model: nn.Module) -> None:
         param.data = param.data.new_empty(0)
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) or name == "linear_kernel":
                 vars(module)[name] = None

@@ -45,6 +45,8 @@ def load_model(
     quant_config = get_quant_config(hf_config.raw, model_config.quantization)
     with torch.device(device), use_attn_backend(attention_backend):
         model = model_class(hf_config, dtype=getattr(torch, model_config.dtype), quant_config=quant_config)
+    if quant_config is not None:
+        quant_config.check_complete()
     try:
         with LayerFinisher(model) as finisher:
             start = time.perf_counter()

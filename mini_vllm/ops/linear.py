@@ -7,6 +7,10 @@ batches. In float32 the same call has more overhead than MKL's, and pays only wh
 
 import torch
 
+from mini_vllm.ops.cpu import linear as kernels
+from mini_vllm.ops.cpu.linear import PackedBF16Linear
+
+FEW_ROWS = PackedBF16Linear.MAX_ROWS
 MIN_FLOAT32_ELEMENTS = 1 << 20
 """Float32 weights below this stay plain: call overhead outweighs the gain."""
 
@@ -27,6 +31,11 @@ def _worth_packing(weight: torch.Tensor) -> bool:
     if weight.dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype is torch.float32 and weight.numel() >= MIN_FLOAT32_ELEMENTS
+
+
+def few_rows_kernel(packed_weight: torch.Tensor, weight: torch.Tensor) -> PackedBF16Linear | None:
+    """What is faster for up to `FEW_ROWS` rows, on the same packed weight; None where there is no such kernel."""
+    return PackedBF16Linear.wrap(packed_weight, weight) if kernels.available() else None
 
 
 def packed_linear(x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -40,11 +40,14 @@ class CpuPlatform(Platform):
         return bool(torch.backends.mkldnn.is_available())
 
     def supports_bf16(self) -> bool:
-        return bool(self._cpu_flags() & _BF16_FLAGS)
+        return bool(self.cpu_flags() & _BF16_FLAGS)
+
+    def attn_backends(self) -> tuple[str, ...]:
+        return "CPU_NATIVE", "TORCH_REF"
 
     def explain_auto_dtype(self, checkpoint_dtype: str | None) -> tuple[str, str]:
         """bfloat16 or float32, whatever the checkpoint has: float16 has no fast path on CPUs."""
-        flags = sorted(self._cpu_flags() & _BF16_FLAGS)
+        flags = sorted(self.cpu_flags() & _BF16_FLAGS)
         if flags:
             return "bfloat16", f"this CPU has {', '.join(flags)}"
         return "float32", "this CPU has no bfloat16 instructions"
@@ -72,7 +75,7 @@ class CpuPlatform(Platform):
         return machine if container is None else min(machine, container)
 
     def describe(self) -> str:
-        flags = ", ".join(sorted(self._cpu_flags() & _BF16_FLAGS)) or "no bfloat16 instructions"
+        flags = ", ".join(sorted(self.cpu_flags() & _BF16_FLAGS)) or "no bfloat16 instructions"
         gib = self.available_memory_bytes() / 2**30
         return f"cpu ({self._model_name()}; {flags}), {gib:.1f} GiB of memory free"
 
@@ -86,9 +89,9 @@ class CpuPlatform(Platform):
         pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
         return {key.strip(): value.strip() for key, value in pairs}
 
-    def _cpu_flags(self) -> set[str]:
+    def cpu_flags(self) -> frozenset[str]:
         info = self._cpuinfo
-        return set((info.get("flags") or info.get("Features") or "").split())
+        return frozenset((info.get("flags") or info.get("Features") or "").split())
 
     def _model_name(self) -> str:
         return self._cpuinfo.get("model name") or platform.processor() or platform.machine()

@@ -38,6 +38,10 @@ class Platform(ABC):
     def device(self) -> "torch.device":
         """The device tensors live on."""
 
+    def cpu_flags(self) -> frozenset[str]:
+        """Instruction sets of the host's processor as /proc/cpuinfo names them; empty where it does not say."""
+        return frozenset()
+
     @abstractmethod
     def supports_bf16(self) -> bool:
         """Whether bfloat16 products have instructions of their own."""
@@ -62,9 +66,9 @@ class Platform(ABC):
     def total_memory_bytes(self) -> int:
         """Memory of the device that this process may use at all."""
 
-    def default_attn_backend(self, head_size: int, dtype: "torch.dtype") -> str:
-        """Name of the attention backend for such layers when the user named none."""
-        return "TORCH_REF"
+    def attn_backends(self) -> tuple[str, ...]:
+        """Names of attention backends to try when the user named none, fastest first; the last serves any layer."""
+        return ("TORCH_REF",)
 
     @abstractmethod
     def describe(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mini_vllm.config import QuantizationOptions
 from mini_vllm.exceptions import UnsupportedModelError
 
 WeightLoader = Callable[..., None]
@@ -51,6 +52,9 @@ class QuantizationConfig(ABC):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for this layer; None leaves it unquantized."""
 
+    def check_complete(self) -> None:
+        """Called once when all layers have been asked for. Raises `ConfigError` for what fits none of them."""
+
 
 def set_weight_attrs(weight: torch.Tensor, attrs: Mapping[str, Any]) -> None:
     """Hang loading facts (`weight_loader`, `output_dim`, `shard_ids`, ...) on a parameter."""
@@ -58,14 +62,19 @@ def set_weight_attrs(weight: torch.Tensor, attrs: Mapping[str, Any]) -> None:
         setattr(weight, key, value)
 
 
-def get_quant_config(raw_config: Mapping[str, Any], requested: str | None) -> QuantizationConfig | None:
-    """The format of this checkpoint, None for plain weights. Raises `UnsupportedModelError` naming the format."""
+def get_quant_config(raw_config: Mapping[str, Any], requested: QuantizationOptions | None) -> QuantizationConfig | None:
+    """The format weights come in or are brought into, None for plain ones.
+
+    Raises `UnsupportedModelError` naming a checkpoint's format that is not known, `ConfigError` for what was requested.
+    """
     declared = raw_config.get("quantization_config") or {}
     method = declared.get("quant_method") if isinstance(declared, dict) else declared
     if declared:
         raise UnsupportedModelError(
             f"config.json: quantization_config.quant_method {method!r} is not supported; only unquantized weights are"
         )
-    if requested is not None:
-        raise UnsupportedModelError(f"quantization: {requested!r} is not supported; only None (plain weights) is")
-    return None
+    if requested is None:
+        return None
+    from mini_vllm.quantization.on_load import OnLoadQuantization  # which is built on this module
+
+    return OnLoadQuantization(requested)

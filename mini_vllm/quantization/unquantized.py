@@ -25,17 +25,21 @@ class UnquantizedLinearMethod(QuantizeMethodBase):
         weight = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
         set_weight_attrs(weight, {"output_dim": 0, "input_dim": 1, **extra_weight_attrs})
         layer.register_parameter("weight", weight)
-        vars(layer)["packed_weight"] = None
+        vars(layer)["packed_weight"] = vars(layer)["linear_kernel"] = None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         stored: Any = layer
         packed = None if stored.weight is None else ops.prepack(stored.weight)
         if packed is not None:
             # Only this layer's reference goes: a tied embedding keeps the plain matrix, everyone else frees it here.
+            stored.linear_kernel = ops.few_rows_kernel(packed, stored.weight)
             stored.packed_weight, stored.weight = packed, None
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         stored: Any = layer
+        if stored.linear_kernel is not None and len(x) <= ops.FEW_ROWS:
+            output: torch.Tensor = stored.linear_kernel(x, bias)
+            return output
         if stored.packed_weight is not None:
             return ops.packed_linear(x, stored.packed_weight, bias)
         return F.linear(x, stored.weight, bias)

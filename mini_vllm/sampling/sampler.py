@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mini_vllm.ops.argmax import argmax, has_native_argmax
 from mini_vllm.sampling import inversion, truncation
 from mini_vllm.sampling.metadata import SamplingMetadata
 from mini_vllm.sampling.truncation import Limits
@@ -68,7 +69,7 @@ class Sampler:
         """
         if metadata.edit is not None:
             logits = metadata.edit(logits)
-        rows = find_best(logits)
+        rows = find_best(logits, for_draws=not metadata.all_greedy)
         ids, best = rows.best_ids, rows.best
         if metadata.logits_row is not None:
             source = _to(metadata.logits_row, logits.device)
@@ -78,11 +79,15 @@ class Sampler:
         return torch.where(best.squeeze(1).isfinite(), ids, NO_TOKEN)  # a row with NaN has NaN here
 
 
-def find_best(logits: torch.Tensor) -> Rows:
+def find_best(logits: torch.Tensor, *, for_draws: bool = True) -> Rows:
     """The first of the highest logits of each row; NaN counts as the highest.
 
-    In two levels, because finding a maximum is many times faster than finding where it is.
+    In two levels, because finding a maximum is many times faster than finding where it is; unless a kernel finds both
+    at once and nobody is going to draw, who would want the highest of each block.
     """
+    if not for_draws and has_native_argmax(logits):
+        best, best_ids = argmax(logits)
+        return Rows(logits, best, best_ids, None)
     vocab = logits.shape[1]
     whole = vocab - vocab % _BLOCK
     if whole <= _BLOCK or logits.numel() <= _FEW_LOGITS:

@@ -26,6 +26,7 @@ from mini_vllm.logger import init_logger
 from mini_vllm.models.finishing import release_weights
 from mini_vllm.models.loader import load_model
 from mini_vllm.models.utils import weight_bytes
+from mini_vllm.ops.cpu import library as native
 from mini_vllm.platforms import select_platform
 from mini_vllm.sampling.logits_processor import load_logits_processors
 from mini_vllm.sampling.sampler import Sampler
@@ -55,6 +56,7 @@ class ModelRunner:
         self.platform = select_platform(config.device.device)
         self.device = self.platform.device()
         self.num_threads = self.platform.set_num_threads(config.device.num_threads)
+        native.set_num_threads(self.num_threads)
         self.sampler = Sampler()
         self.model: nn.Module
         self.layers: dict[str, Attention] = {}

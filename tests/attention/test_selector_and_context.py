@@ -6,21 +6,39 @@ import pytest
 import torch
 
 from mini_vllm.attention.context import ForwardContext, get_forward_context, set_forward_context
+from mini_vllm.attention.native import NativeBackend
 from mini_vllm.attention.selector import _cached_backend, get_attn_backend, use_attn_backend
 from mini_vllm.attention.torch_ref import TorchRefBackend
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.layers.attention import Attention, get_attention_layers
+from mini_vllm.ops.cpu import library
 
 
-def test_the_platform_chooses_when_nobody_else_does_and_it_is_logged_once(monkeypatch):
+def log_lines(monkeypatch) -> list[str]:
     lines = []
     _cached_backend.cache_clear()
     monkeypatch.setattr(
         logging.getLogger("mini_vllm.attention.selector"), "info", lambda *a: lines.append(a[0] % a[1:])
     )
+    return lines
+
+
+def test_the_platform_chooses_when_nobody_else_does_and_it_is_logged_once(monkeypatch):
+    lines = log_lines(monkeypatch)
+    fastest = get_attn_backend(None, 64, torch.float32)
+    assert fastest is (NativeBackend if library.available() else TorchRefBackend)
+    assert get_attn_backend(fastest.name.lower(), 64, torch.float32) is fastest
+    assert lines == [f"Using {fastest.name} attention backend"]
+
+
+def test_without_a_kernel_library_the_reference_serves_and_the_native_backend_says_why(monkeypatch):
+    lines = log_lines(monkeypatch)
+    monkeypatch.setattr(library, "available", lambda: False)
     assert get_attn_backend(None, 64, torch.float32) is TorchRefBackend
-    assert get_attn_backend("torch_ref", 64, torch.float32) is TorchRefBackend
     assert lines == ["Using TORCH_REF attention backend"]
+    with pytest.raises(ConfigError, match="CPU_NATIVE cannot serve head size 64 in torch.float32: there is no library"):
+        get_attn_backend("CPU_NATIVE", 64, torch.float32)
+    _cached_backend.cache_clear()
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini_vllm.attention import torch_ref
-from mini_vllm.attention.torch_ref import TorchRefBackend, TorchRefImpl, TorchRefMetadataBuilder
+from mini_vllm.attention.backend import AttentionBackend, AttentionImpl
+from mini_vllm.attention.torch_ref import TorchRefBackend, TorchRefMetadataBuilder
 from mini_vllm.core.interfaces import KVCacheSpec
 from tests.paged import common_metadata
 
@@ -38,8 +39,8 @@ class Case:
 class PagedCase:
     """The tensors of a case: what is cached already, what this step brings, and a cache poisoned elsewhere."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, backend: type[AttentionBackend] = TorchRefBackend) -> None:
+        self.case, self.backend = case, backend
         rng = torch.Generator().manual_seed(case.seed)
         self.seq_lens = [c + q for c, q in zip(case.context_lens, case.query_lens, strict=True)]
 
@@ -76,12 +77,12 @@ class PagedCase:
         padding = torch.full((case.padding, case.num_kv_heads, case.head_size), float("nan"), dtype=case.dtype)
         return torch.cat([*rows, padding])
 
-    def paged(self, impl: TorchRefImpl | None = None) -> torch.Tensor:
+    def paged(self, impl: AttentionImpl | None = None) -> torch.Tensor:
         case = self.case
-        impl = impl or make_impl(case)
+        impl = impl or make_impl(case, self.backend)
         common = common_metadata(case.query_lens, self.seq_lens, self.table, case.block_size, case.causal)
         spec = KVCacheSpec(case.block_size, 0, "float32")
-        metadata = TorchRefMetadataBuilder(spec, torch.device("cpu")).build(common)
+        metadata = self.backend.builder_cls(spec, torch.device("cpu")).build(common)
         output = torch.full_like(self.query, 7.0)
         impl.forward(self.query, self.new(self.keys), self.new(self.values), self.cache(), metadata, output)
         return output
@@ -104,13 +105,13 @@ class PagedCase:
             start += query_len
         return torch.stack(outputs)
 
-    def error(self, impl: TorchRefImpl | None = None) -> float:
+    def error(self, impl: AttentionImpl | None = None) -> float:
         actual = self.paged(impl)[: sum(self.case.query_lens)].double()
         return float((actual - self.dense()).abs().max())
 
 
-def make_impl(case: Case) -> TorchRefImpl:
-    return TorchRefImpl(
+def make_impl(case: Case, backend: type[AttentionBackend] = TorchRefBackend) -> AttentionImpl:
+    return backend.impl_cls(
         case.num_heads, case.head_size, case.head_size**-0.5, case.num_kv_heads,
         sliding_window=case.window, logit_softcap=case.softcap,
     )  # fmt: skip

@@ -85,7 +85,8 @@ def test_flags_become_engine_args() -> None:
         "--long-prefill-token-threshold 16 --scheduling-policy priority "
         "--device cpu --num-threads 2 --attention-backend X --load-format dummy --generation-config vllm "
         "--disable-log-stats --tensor-parallel-size 1 --revision R --tokenizer-revision S --download-dir D "
-        "--no-use-tqdm-on-load"
+        "--no-use-tqdm-on-load --quantization int4 --quantization-group-size 64 --no-quantization-symmetric "
+        "--quantization-activation-scales group --quantization-lm-head same --quantization-skip-layers o_proj,x.y"
     ).split()
     args = engine_args_from(build_parser().parse_args(argv))
     expected = {
@@ -97,6 +98,9 @@ def test_flags_become_engine_args() -> None:
         "tensor_parallel_size": 1, "trust_remote_code": False, "revision": "R", "tokenizer_revision": "S",
         "download_dir": "D", "use_tqdm_on_load": False, "max_logprobs": 20, "logits_processors": (),
         "preemption_policy": "latest", "tenant_weights": {}, "step_trace_capacity": 256, "step_trace_detailed": False,
+        "quantization": "int4", "quantization_group_size": 64, "quantization_symmetric": False,
+        "quantization_activation_scales": "group", "quantization_lm_head": "same",
+        "quantization_skip_layers": ("o_proj", "x.y"),
     }  # fmt: skip
     assert vars(args) == expected
 

@@ -88,6 +88,7 @@ class Rig:
 
     folder: Path
     max_model_len: int = MAX_MODEL_LEN
+    attention_backend: str | None = None
 
     def __post_init__(self) -> None:
         self._hf_config = HFConfig.from_folder(self.folder)
@@ -121,7 +122,7 @@ class Rig:
             model=ModelConfig(str(self.folder), self._hf_config, "float32", max_model_len),
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=caching, num_gpu_blocks_override=num_blocks),
             scheduler=scheduling,
-            device=DeviceConfig(device="cpu", num_threads=1),
+            device=DeviceConfig(device="cpu", num_threads=1, attention_backend=self.attention_backend),
         )
         executor = UniProcExecutor(config)
         kv = KVCacheManager(num_blocks, block_size, enable_caching=caching, same_step_sharing=same_step_sharing)

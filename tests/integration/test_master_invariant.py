@@ -17,12 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mini_vllm.attention.native import NativeBackend
 from mini_vllm.attention.torch_ref import TorchRefBackend
 from mini_vllm.config import PreemptionPolicy, SchedulingPolicy
 from mini_vllm.core import block_pool
 from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.scheduler import Scheduler
 from mini_vllm.engine.core import EngineCore
+from mini_vllm.ops.cpu import library
 from mini_vllm.request import Request
 from mini_vllm.sampling import philox
 from mini_vllm.worker.sampling_stage import NO_TOKEN_MESSAGE
@@ -251,6 +253,23 @@ def test_any_combination_gives_the_same_tokens_with_a_sliding_window(
     check_combination(windowed_rig, windowed_reference, **case)
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("backend", ["CPU_NATIVE", "TORCH_REF"])
+def test_every_attention_backend_gives_the_same_tokens(
+    backend: str, windowed: bool, rig: Rig, windowed_rig: Rig,
+    reference: list[list[int]], windowed_reference: list[list[int]],
+) -> None:  # fmt: skip
+    """Whichever backend the platform chose for the references, under chunks, preemption and a scattered table."""
+    if backend == "CPU_NATIVE" and not library.available():
+        pytest.skip("no native kernels here")
+    chosen = Rig((windowed_rig if windowed else rig).folder, attention_backend=backend)
+    engine = chosen.engine(block_size=8, num_blocks=tight_pool(8), budget=40, threshold=16, shuffle=1)
+    assert {layer.backend.name for layer in engine.executor.runner.layers.values()} == {backend}  # type: ignore[attr-defined]
+    expected = windowed_reference if windowed else reference
+    assert run(engine, JOBS, arrive_every=2).tokens == expected
+    assert run(engine, JOBS).tokens == expected
+
+
 def test_the_window_of_the_windowed_model_matters(windowed_reference: list[list[int]], tmp_path: Path) -> None:
     """The same weights without a window give other tokens, but only to prompts longer than it."""
     make_checkpoint(tmp_path, "qwen2", seed=4, tokenizer=False, vocab_size=VOCAB_SIZE)
@@ -276,13 +295,18 @@ def patch_forward(patch: pytest.MonkeyPatch, engine: EngineCore, change: Callabl
 
 def patch_metadata(patch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
     """Let `change` tamper with the common attention metadata of every step."""
-    build = TorchRefBackend.builder_cls.build
+    for backend in (NativeBackend, TorchRefBackend):
+        patch_builder(patch, backend.builder_cls, change)
+
+
+def patch_builder(patch: pytest.MonkeyPatch, builder_cls: Any, change: Callable[[Any], None]) -> None:
+    build = builder_cls.build
 
     def changed(self: Any, common: Any) -> Any:
         change(common)
         return build(self, common)
 
-    patch.setattr(TorchRefBackend.builder_cls, "build", changed)
+    patch.setattr(builder_cls, "build", changed)
 
 
 def test_the_check_sees_chunks_computed_at_wrong_positions(

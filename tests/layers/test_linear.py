@@ -200,12 +200,10 @@ def test_a_weight_format_owns_its_layers_weights_and_leaves_others_alone():
         torch.testing.assert_close(layer(x), F.linear(x, weight))
 
 
-def test_a_declared_or_requested_format_that_is_not_implemented_is_refused():
+def test_a_declared_format_that_is_not_implemented_is_refused():
     assert get_quant_config({}, None) is None
     with pytest.raises(CheckpointError, match=r"quantization_config.quant_method 'gptq' is not supported"):
         get_quant_config({"quantization_config": {"quant_method": "gptq"}}, None)
-    with pytest.raises(CheckpointError, match="quantization: 'awq' is not supported"):
-        get_quant_config({}, "awq")
 
 
 # --- prepacking --------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from tests.paged import PagedDriver
 TOLERANCE = 2e-4
 BROKEN = 0.2
 """What every control must exceed: a thousand times the tolerance."""
+NEAR_TIE = 1e-4
+"""Where the highest logits are nearer than this, greedy tokens may differ: both sides are that far from exact."""
 NUM_GREEDY = 32
 FILLER = 5
 ONE_SHOT = (range(10**9),)
@@ -64,6 +66,16 @@ class Oracle:
             for sequence, logits in zip(sequences, self.their_logits(sequences), strict=True):
                 sequence.append(int(logits[-1].argmax()))
         return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+
+    def differ(self, prompt: Sequence[int], tokens: Sequence[int], expected: Sequence[int]) -> bool:
+        """Whether tokens differ from their greedy ones otherwise than from a near-tie on."""
+        if len(tokens) != len(expected):
+            return True
+        for index, (token, their_token) in enumerate(zip(tokens, expected, strict=True)):
+            if token != their_token:
+                logits = self.their_logits([[*prompt, *expected[:index]]])[0][-1]
+                return bool(logits[their_token] - logits[token] > NEAR_TIE)
+        return False
 
     def model(
         self, max_model_len: int | None = None, *, dtype: str = "float32", **config_changes: object

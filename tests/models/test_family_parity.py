@@ -35,16 +35,19 @@ def test_logits_computed_in_chunks_among_decodes_equal_transformers(oracle_of, n
 
 @every_family
 def test_greedy_tokens_of_the_engine_equal_transformers(oracle_of, name):
-    """Alone, batched, and batched in chunks of a small budget."""
+    """Alone, batched, and batched in chunks of a small budget; up to near-ties of the highest logits."""
     oracle: Oracle = oracle_of(name)
     prompts = [prompt for prompt in oracle.prompts if len(prompt) + NUM_GREEDY <= oracle.family.max_model_len]
     expected = oracle.their_greedy(prompts)
     assert len({tuple(tokens) for tokens in expected}) == len(prompts) == 4
     rig = Rig(oracle.folder, max_model_len=oracle.family.max_model_len)
     jobs = [Job(tuple(prompt), greedy(NUM_GREEDY)) for prompt in prompts]
-    assert run(rig.engine(), jobs[:1]).tokens == expected[:1]
-    assert run(rig.engine(), jobs).tokens == expected
-    assert run(rig.engine(budget=19, block_size=8), jobs).tokens == expected
+    outcomes = [run(rig.engine(), jobs[:1]), run(rig.engine(), jobs), run(rig.engine(budget=19, block_size=8), jobs)]
+    for outcome in outcomes:
+        triples = zip(prompts, outcome.tokens, expected, strict=False)
+        assert not any(oracle.differ(*triple) for triple in triples)
+    broken = [[*expected[0][:5], (expected[0][5] + 1) % VOCAB_SIZE, *expected[0][6:]], expected[0][:-1]]
+    assert all(oracle.differ(prompts[0], tokens, expected[0]) for tokens in broken), "broken control"
 
 
 @every_family

@@ -17,6 +17,7 @@ from mini_vllm.exceptions import ConfigError
 _SECTIONS = {
     "model": "model",
     "load": "loading of weights",
+    "quantization": "quantisation of weights",
     "cache": "KV cache",
     "scheduler": "scheduler",
     "device": "device",

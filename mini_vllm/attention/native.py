@@ -1,0 +1,168 @@
+"""Paged attention by this package's own kernels for CPUs: `ops/cpu/csrc/attention.cpp`.
+
+Keys and values are read where they lie, through the block table; nothing is gathered, so a step's metadata is a few
+pointers. Scores, softmax and sums are float32 whatever the tensors hold. A token's result does not depend on its
+neighbours in the batch nor on how its prompt was cut into chunks: it is the same to the last bit.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from mini_vllm.attention.backend import CommonAttentionMetadata
+from mini_vllm.attention.torch_ref import TorchRefBackend
+from mini_vllm.core.interfaces import KVCacheSpec
+from mini_vllm.ops.cpu import library
+from mini_vllm.ops.cpu.library import DTYPE_CODES
+
+
+class _Layer(ctypes.Structure):
+    """`AttentionLayer` in attention.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_size", "block_size")),
+        *((name, ctypes.c_int32) for name in ("dtype", "cache_dtype", "window")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    """`AttentionBatch` in attention.cpp."""
+
+    _fields_ = [
+        ("num_tokens", ctypes.c_int64),
+        ("num_reqs", ctypes.c_int64),
+        ("query_start_loc", ctypes.c_void_p),
+        ("seq_lens", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("block_table_stride", ctypes.c_int64),
+        ("slot_mapping", ctypes.c_void_p),
+        ("causal", ctypes.c_int32),
+    ]
+
+
+@dataclass
+class NativeMetadata:
+    """The step's batch as the kernel reads it; `common` keeps alive what `batch` points at."""
+
+    common: CommonAttentionMetadata
+    batch: _Batch
+    reference: int
+    """Address of `batch`."""
+
+
+class NativeMetadataBuilder:
+    """Hands on the step's tensors by address."""
+
+    def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
+        self.block_size = spec.block_size
+
+    def build(self, common: CommonAttentionMetadata) -> NativeMetadata:
+        batch = _Batch(
+            common.num_actual_tokens,
+            common.num_reqs,
+            common.query_start_loc.data_ptr(),
+            common.seq_lens.data_ptr(),
+            common.block_table.data_ptr(),
+            common.block_table.stride(0),
+            common.slot_mapping.data_ptr(),
+            common.causal,
+        )
+        return NativeMetadata(common, batch, ctypes.addressof(batch))
+
+
+_POINTER, _STRIDE = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = [_POINTER, _POINTER, *(_POINTER, _STRIDE) * 3, *(_POINTER,) * 3]
+
+
+class NativeAttentionImpl:
+    """One layer's attention: one call, which writes the new keys and values and attends."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        *,
+        sliding_window: int | None = None,
+        logit_softcap: float | None = None,
+    ) -> None:
+        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
+        self.scale, self.sliding_window, self.logit_softcap = scale, sliding_window, logit_softcap
+        self._kernel: Any = library.function("mv_paged_attention", _ARGUMENTS, ctypes.c_int)
+        self._layer = _Layer()
+        self._reference = ctypes.addressof(self._layer)
+        self._cache_address = 0
+        self._values_offset = 0
+        self._dense = (head_size, 1)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: NativeMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """See `AttentionImpl.forward`."""
+        keys = kv_cache.data_ptr()
+        if keys != self._cache_address:
+            self._meet_cache(kv_cache, query.dtype)
+        query, key, value = self._with_dense_heads(query), self._with_dense_heads(key), self._with_dense_heads(value)
+        status = self._kernel(
+            self._reference, metadata.reference,
+            query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
+            keys, keys + self._values_offset, output.data_ptr(),
+        )  # fmt: skip
+        if status:
+            raise RuntimeError(f"mv_paged_attention refused {query.dtype} with a cache of {kv_cache.dtype}")
+        num_tokens = metadata.common.num_actual_tokens
+        if len(output) > num_tokens:
+            output[num_tokens:].zero_()
+
+    def _meet_cache(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> None:
+        """Tell the kernel what does not change from step to step."""
+        assert kv_cache.is_contiguous()
+        layer = self._layer
+        layer.num_heads, layer.num_kv_heads, layer.head_size = self.num_heads, self.num_kv_heads, self.head_size
+        layer.block_size, layer.dtype, layer.cache_dtype = (
+            kv_cache.shape[3],
+            DTYPE_CODES[dtype],
+            DTYPE_CODES[kv_cache.dtype],
+        )
+        layer.window, layer.scale, layer.softcap = self.sliding_window or 0, self.scale, self.logit_softcap or 0.0
+        self._values_offset = kv_cache.stride(0) * kv_cache.element_size()
+        self._cache_address = kv_cache.data_ptr()
+
+    def _with_dense_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Heads of a token side by side, tokens at any stride."""
+        return x if x.stride()[1:] == self._dense else x.contiguous()
+
+
+class NativeBackend:
+    """Any head size and block size in float32, bfloat16 and float16, where a kernel library is to be had."""
+
+    name: ClassVar[str] = "CPU_NATIVE"
+    impl_cls: ClassVar[type[NativeAttentionImpl]] = NativeAttentionImpl
+    builder_cls: ClassVar[type[NativeMetadataBuilder]] = NativeMetadataBuilder
+
+    @staticmethod
+    def supports(head_size: int, dtype: torch.dtype) -> str | None:
+        if dtype not in DTYPE_CODES:
+            return "only float32, bfloat16 and float16 are implemented"
+        return None if library.available() else "there is no library of native kernels (the log says why)"
+
+    @staticmethod
+    def kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
+        """[2 (keys, values), num_blocks, num_kv_heads, block_size, head_size]."""
+        return TorchRefBackend.kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
+
+    @staticmethod
+    def copy_blocks(kv_cache: torch.Tensor, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        TorchRefBackend.copy_blocks(kv_cache, sources, destinations)

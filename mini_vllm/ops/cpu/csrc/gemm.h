@@ -1,0 +1,96 @@
+// One linear layer, y = x W^T + bias, as its weights lie in memory, and what every kernel for it is handed.
+//
+// The caller owns all memory; `packed` never changes after packing. Channels are padded to panels of 32, k to `k_padded`
+// (the padding's weights multiply activations of 0). Layouts:
+//   kInt8   [panel][k/4][32 channels][4 k] bytes s + 128, then float scales[panels * 32] at `scales`.
+//   kInt4   [panel][group]{ f16 scales[32], f16 minimums[32] if asymmetric,
+//           [k/32][4][32 channels][4 k]: k-quad j of a stretch of 32 in the low nibbles, quad j + 4 in the high ones }
+//           symmetric: w = scale * (q - 8), asymmetric: w = scale * q + minimum.
+//   kBF16   oneDNN's own packing, [64 channels][k/2][64][2], read where it is (see bf16.cpp).
+// Every row of y depends on its own row of x alone, bit for bit, however many rows there are (kBF16 alike).
+#pragma once
+#include "gemm_simd.h"
+#include "pool.h"
+
+namespace mv::gemm {
+
+enum WeightKind { kInt8 = 1, kInt4 = 2, kBF16Packed = 3 };
+// What activations become: what they are (weight only), int8 with a scale for each row, or for each `group` of a row.
+enum Activation { kAsIs = 0, kPerToken = 1, kPerGroup = 2 };
+
+struct Linear {
+  const uint8_t* packed;
+  const float* scales;  // kInt8
+  const void* bias;     // or null
+  int64_t n, k, k_padded;
+  int64_t panel_bytes;
+  int32_t kind, group, asymmetric, activation, bias_dtype, reserved;
+  int64_t num_panels() const { return (n + kPanel - 1) / kPanel; }
+};
+
+// Rows in and out of one call.
+struct Rows {
+  const void* x;
+  int64_t ldx;
+  void* y;
+  int64_t ldy;
+  int64_t count;
+  int32_t x_dtype, y_dtype;
+};
+
+// Rows cut into tiles of nearly equal height, the higher ones first.
+struct Tiling {
+  int64_t rows, tiles;
+  Tiling(int64_t rows_, int64_t most) : rows(rows_), tiles((rows_ + most - 1) / most) {}
+  int64_t start(int64_t t) const { return t * (rows / tiles) + (t < rows % tiles ? t : rows % tiles); }
+  int height(int64_t t) const { return int(rows / tiles + (t < rows % tiles)); }
+};
+
+// Activations as int8: tile after tile, each [k/4][rows of the tile][4]; so tile t begins at start(t) * k_padded.
+struct QuantizedRows {
+  int8_t* values;
+  float* scales;   // [row][groups or 1]
+  int32_t* sums;   // [row][groups]: sum of the values, which corrects for weights being stored unsigned
+  int64_t groups, scale_groups;
+};
+
+// In the calling thread's scratch, which stays valid until its next call. group: k_padded for one group a row.
+QuantizedRows quantize_rows(const Rows& rows, const Linear& linear, const Tiling& tiling, int64_t group);
+
+// Adds the bias and stores 32 channels of a row, fewer in the last panel.
+MV_INLINE void finish_row(const Linear& linear, const Rows& rows, int64_t row, int64_t panel, F32 value) {
+  int64_t column = panel * kPanel, columns = linear.n - column;
+  char* y = static_cast<char*>(rows.y) + (row * rows.ldy + column) * element_size(rows.y_dtype);
+  if (__builtin_expect(linear.bias == nullptr && columns >= kPanel, 1)) return store_panel(y, rows.y_dtype, value);
+  alignas(64) float values[kPanel];
+  fstore(values, value);
+  columns = columns < kPanel ? columns : kPanel;
+  for (int64_t i = 0; i < columns; i++) {
+    float bias = linear.bias == nullptr ? 0.f : load_scalar(linear.bias, column + i, linear.bias_dtype);
+    store_scalar(y, i, rows.y_dtype, values[i] + bias);
+  }
+}
+
+void int8_linear(const Linear& linear, const Rows& rows);       // kInt8, kPerToken
+void grouped_linear(const Linear& linear, const Rows& rows);    // kInt4, and kInt8 with kPerGroup
+void weight_only_linear(const Linear& linear, const Rows& rows);  // kInt8, kAsIs
+int bf16_linear(const Linear& linear, const Rows& rows);        // kBF16Packed
+
+// Panels are dealt out in ranges, so that weights are read as streams; body(first, end).
+template <class Body>
+inline void for_panels(int64_t panels, int64_t grain, Body&& body) {
+  parallel_ranges(panels, grain, body);
+}
+
+// Calls fn with the tile height as a compile-time constant.
+template <int Most, class Fn>
+MV_INLINE void with_height(int height, Fn&& fn) {
+  if constexpr (Most == 1) {
+    fn(std::integral_constant<int, 1>{});
+  } else {
+    if (height == Most) fn(std::integral_constant<int, Most>{});
+    else with_height<Most - 1>(height, fn);
+  }
+}
+
+}  // namespace mv::gemm

@@ -1,0 +1,219 @@
+// Activations to int8, a scale for each row or for each group of a row, straight into the tiles kernels read.
+//
+// scale = absmax / 127, value = round to even(x * (127 / absmax)). A row knows nothing of its neighbours. Four rows of
+// a tile are done at once: with AVX-512 a 4 x 4 transpose of dwords turns them into 16-byte stores. A NaN anywhere in
+// a group makes its scale NaN, so that it reaches the outputs and is noticed there.
+#include <algorithm>
+
+#include "gemm.h"
+
+namespace mv::gemm {
+namespace {
+
+constexpr int kTogether = 4;
+
+struct Job {
+  const void* rows[kTogether];
+  int count;
+  int64_t k, k_padded, group;
+  int8_t* out;       // of the first row
+  int64_t stride;    // bytes from one k-quad to the next
+  float* scales[kTogether];
+  int32_t* sums[kTogether];
+  bool per_group;
+};
+
+struct Scale {
+  float scale, inverse;
+};
+
+inline Scale scale_for(float absmax, bool has_nan) {
+  if (has_nan) return {NAN, 0.f};
+  if (absmax < 1e-30f) return {0.f, 0.f};  // its inverse would overflow
+  return {absmax / 127.f, 127.f / absmax};
+}
+
+#if defined(MV_GEMM_AVX512)
+
+template <int DType>
+MV_INLINE __m512 load16(const void* row, int64_t k, int64_t size) {
+  int64_t left = size - k;
+  __mmask16 mask = left >= 16 ? __mmask16(0xffff) : left <= 0 ? __mmask16(0) : __mmask16((1u << left) - 1);
+  if constexpr (DType == kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(row) + k);
+  __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + k);
+  if constexpr (DType == kF16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+template <int DType>
+MV_INLINE Scale scale_of(const void* row, int64_t begin, int64_t end, int64_t size) {
+  __m512 most = _mm512_setzero_ps();
+  __mmask16 nan = 0;
+  for (int64_t k = begin; k < end; k += 16) {
+    __m512 v = load16<DType>(row, k, size);
+    most = _mm512_max_ps(most, _mm512_abs_ps(v));
+    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  }
+  return scale_for(_mm512_reduce_max_ps(most), nan != 0);
+}
+
+MV_INLINE void store_transposed(const Job& job, int64_t k, const __m128i (&q)[kTogether]) {
+  __m128i a = _mm_unpacklo_epi32(q[0], q[1]), b = _mm_unpackhi_epi32(q[0], q[1]);
+  __m128i c = _mm_unpacklo_epi32(q[2], q[3]), d = _mm_unpackhi_epi32(q[2], q[3]);
+  __m128i quads[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d),
+                      _mm_unpackhi_epi64(b, d)};
+  __mmask8 mask = __mmask8((1 << job.count) - 1);
+  int8_t* out = job.out + k / 4 * job.stride;
+  MV_UNROLL for (int j = 0; j < 4; j++) _mm_mask_storeu_epi32(out + j * job.stride, mask, quads[j]);
+}
+
+template <int DType>
+void quantize(const Job& job) {
+  Scale scale[kTogether] = {};
+  for (int64_t begin = 0, g = 0; begin < job.k_padded; begin += job.group, g++) {
+    int64_t end = begin + job.group;
+    __m512i sums[kTogether];
+    for (int i = 0; i < kTogether; i++) {
+      sums[i] = _mm512_setzero_si512();
+      if (i < job.count && (job.per_group || g == 0)) {
+        scale[i] = scale_of<DType>(job.rows[i], begin, job.per_group ? end : job.k_padded, job.k);
+        job.scales[i][g] = scale[i].scale;
+      }
+    }
+    for (int64_t k = begin; k < end; k += 16) {
+      __m128i q[kTogether];
+      MV_UNROLL for (int i = 0; i < kTogether; i++) {
+        __m512 v = _mm512_mul_ps(load16<DType>(job.rows[i], k, job.k), _mm512_set1_ps(scale[i].inverse));
+        __m512i whole = _mm512_cvtps_epi32(v);
+        sums[i] = _mm512_add_epi32(sums[i], whole);
+        q[i] = _mm512_cvtsepi32_epi8(whole);
+      }
+      store_transposed(job, k, q);
+    }
+    for (int i = 0; i < job.count; i++) job.sums[i][g] = _mm512_reduce_add_epi32(sums[i]);
+  }
+}
+
+// One row alone: no transpose, the tile is the row.
+template <int DType>
+void quantize_single(const Job& job) {
+  Scale scale = {};
+  for (int64_t begin = 0, g = 0; begin < job.k_padded; begin += job.group, g++) {
+    int64_t end = begin + job.group;
+    if (job.per_group || g == 0) {
+      scale = scale_of<DType>(job.rows[0], begin, job.per_group ? end : job.k_padded, job.k);
+      job.scales[0][g] = scale.scale;
+    }
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = begin; k < end; k += 16) {
+      __m512 v = _mm512_mul_ps(load16<DType>(job.rows[0], k, job.k), _mm512_set1_ps(scale.inverse));
+      __m512i whole = _mm512_cvtps_epi32(v);
+      sum = _mm512_add_epi32(sum, whole);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(job.out + k), _mm512_cvtsepi32_epi8(whole));
+    }
+    job.sums[0][g] = _mm512_reduce_add_epi32(sum);
+  }
+}
+
+#else
+
+template <int DType>
+Scale scale_of(const void* row, int64_t begin, int64_t end) {
+  float most = 0.f;
+  bool nan = false;
+  for (int64_t k = begin; k < end; k++) {
+    float v = load_scalar(row, k, DType);
+    most = std::max(most, std::fabs(v));
+    nan |= v != v;
+  }
+  return scale_for(most, nan);
+}
+
+template <int DType>
+void quantize_row(const Job& job, int i) {
+  Scale scale = {};
+  for (int64_t begin = 0, g = 0; begin < job.k_padded; begin += job.group, g++) {
+    int64_t end = begin + job.group, real = std::min(end, job.k);
+    if (job.per_group || g == 0) {
+      scale = scale_of<DType>(job.rows[i], begin, job.per_group ? real : job.k);
+      job.scales[i][g] = scale.scale;
+    }
+    int32_t sum = 0;
+    for (int64_t k = begin; k < end; k++) {
+      float v = k < real ? load_scalar(job.rows[i], k, DType) * scale.inverse : 0.f;
+      float whole = std::min(std::max(std::nearbyint(v), -127.f), 127.f);  // a NaN becomes 127, its scale tells
+      int8_t q = int8_t(whole == whole ? whole : 0.f);
+      sum += q;
+      job.out[k / 4 * job.stride + i * 4 + k % 4] = q;
+    }
+    job.sums[i][g] = sum;
+  }
+}
+
+template <int DType>
+void quantize(const Job& job) {
+  for (int i = 0; i < job.count; i++) quantize_row<DType>(job, i);
+}
+
+template <int DType>
+void quantize_single(const Job& job) {
+  quantize_row<DType>(job, 0);
+}
+
+#endif
+
+template <int DType>
+void run(const Job& job) {
+  if (job.stride == 4) quantize_single<DType>(job);
+  else quantize<DType>(job);
+}
+
+void quantize_stretch(const Rows& rows, const Linear& linear, const Tiling& tiling, int64_t group, QuantizedRows out,
+                      int64_t tile, int64_t first) {
+  Job job{};
+  int64_t row = tiling.start(tile) + first;
+  job.count = int(std::min<int64_t>(kTogether, tiling.height(tile) - first));
+  job.k = linear.k, job.k_padded = linear.k_padded, job.group = group;
+  job.stride = tiling.height(tile) * 4;
+  job.out = out.values + tiling.start(tile) * linear.k_padded + first * 4;
+  job.per_group = out.scale_groups > 1;
+  for (int i = 0; i < kTogether; i++) {
+    int64_t r = row + std::min(i, job.count - 1);
+    job.rows[i] = static_cast<const char*>(rows.x) + r * rows.ldx * element_size(rows.x_dtype);
+    job.scales[i] = out.scales + r * out.scale_groups;
+    job.sums[i] = out.sums + r * out.groups;
+  }
+  if (rows.x_dtype == kF32) run<kF32>(job);
+  else if (rows.x_dtype == kBF16) run<kBF16>(job);
+  else run<kF16>(job);
+}
+
+}  // namespace
+
+QuantizedRows quantize_rows(const Rows& rows, const Linear& linear, const Tiling& tiling, int64_t group) {
+  QuantizedRows out{};
+  out.groups = linear.k_padded / group;
+  out.scale_groups = linear.activation == kPerGroup ? out.groups : 1;
+  size_t value_bytes = size_t(rows.count * linear.k_padded), sum_bytes = size_t(rows.count * out.groups) * 4;
+  size_t scale_bytes = size_t(rows.count * out.scale_groups) * 4;
+  auto memory = static_cast<int8_t*>(thread_scratch(kScratchQuant, value_bytes + sum_bytes + scale_bytes + 256));
+  out.values = memory;  // k_padded is a multiple of 32, so what follows is aligned
+  out.sums = reinterpret_cast<int32_t*>(memory + value_bytes);
+  out.scales = reinterpret_cast<float*>(memory + value_bytes + sum_bytes);
+  int64_t per_tile = (tiling.height(0) + kTogether - 1) / kTogether;
+  auto stretch = [&](int64_t i) {
+    int64_t tile = i / per_tile, first = i % per_tile * kTogether;
+    if (first < tiling.height(tile)) quantize_stretch(rows, linear, tiling, group, out, tile, first);
+  };
+  int64_t stretches = tiling.tiles * per_tile;
+  if (rows.count * linear.k < 16384) {  // less work than waking somebody
+    for (int64_t i = 0; i < stretches; i++) stretch(i);
+  } else {
+    parallel_ranges(stretches, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) stretch(i);
+    });
+  }
+  return out;
+}
+
+}  // namespace mv::gemm

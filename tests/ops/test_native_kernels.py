@@ -1,0 +1,94 @@
+"""Native norm, rotary, gated activation and argmax against torch, over shapes, strides and types; poisoned tails."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mini_vllm.ops.activation import act_and_mul, act_and_mul_reference
+from mini_vllm.ops.argmax import argmax, argmax_reference
+from mini_vllm.ops.cpu import library
+from mini_vllm.ops.norm import rms_norm, rms_norm_reference
+from mini_vllm.ops.rotary import apply_rotary, apply_rotary_reference
+
+pytestmark = pytest.mark.skipif(not library.available(), reason="no native kernels here")
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+"""Relative to the largest number: torch rounds to the narrow types between steps, the kernels do not."""
+DTYPES = st.sampled_from(list(TOLERANCE))
+
+
+def noise(*shape: int, dtype: torch.dtype, seed: int, padding: int = 0) -> torch.Tensor:
+    """Random numbers whose last dimension is followed by `padding` NaNs in memory."""
+    rng = torch.Generator().manual_seed(seed)
+    wide = torch.full((*shape[:-1], shape[-1] + padding), float("nan"), dtype=dtype)
+    wide[..., : shape[-1]] = torch.randn(*shape, generator=rng).to(dtype)
+    return wide[..., : shape[-1]]
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype is expected.dtype and actual.shape == expected.shape
+    scale = float(expected.abs().max()) + 1e-6 if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[actual.dtype], atol=TOLERANCE[actual.dtype] * scale)
+
+
+@given(rows=st.integers(0, 40), width=st.integers(1, 700), dtype=DTYPES, wide_weight=st.booleans(),
+       with_residual=st.booleans(), padding=st.sampled_from([0, 3]), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_rms_norm(rows, width, dtype, wide_weight, with_residual, padding, seed):
+    x = noise(rows, width, dtype=dtype, seed=seed, padding=padding)
+    residual = noise(rows, width, dtype=dtype, seed=seed + 1, padding=padding) if with_residual else None
+    weight = noise(width, dtype=torch.float32 if wide_weight else dtype, seed=seed + 2)
+    (actual, total), (expected, sum_expected) = (f(x, residual, weight, 1e-6) for f in (rms_norm, rms_norm_reference))
+    assert_near(actual, expected)
+    assert torch.equal(total, sum_expected)
+
+
+def test_rms_norm_of_heads_and_of_a_strided_view():
+    heads = noise(5, 6, 24, dtype=torch.float32, seed=0)[:, 1:4]
+    weight = noise(24, dtype=torch.float32, seed=1)
+    assert_near(rms_norm(heads, None, weight, 1e-5)[0], rms_norm_reference(heads, None, weight, 1e-5)[0])
+
+
+@given(tokens=st.integers(0, 30), heads=st.integers(1, 5), half=st.integers(1, 40), rest=st.sampled_from([0, 0, 6]),
+       dtype=DTYPES, padding=st.sampled_from([0, 4]), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_rotary(tokens, heads, half, rest, dtype, padding, seed):
+    x = noise(tokens, heads, 2 * half + rest, dtype=dtype, seed=seed, padding=padding)
+    cos, sin = (noise(tokens, 1, 2 * half, dtype=torch.float32, seed=seed + i) for i in (1, 2))
+    assert_near(apply_rotary(x, (cos, sin)), apply_rotary_reference(x, (cos, sin)))
+
+
+@given(rows=st.integers(0, 40), width=st.integers(1, 500), dtype=DTYPES, padding=st.sampled_from([0, 3]),
+       activation=st.sampled_from(["silu", "gelu_tanh", "gelu"]), scale=st.sampled_from([1.0, 20.0]),
+       seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_gated_activations(rows, width, dtype, padding, activation, scale, seed):
+    x = noise(rows, 2 * width, dtype=dtype, seed=seed, padding=padding) * scale
+    assert_near(act_and_mul(x, activation), act_and_mul_reference(x, activation))
+
+
+def test_activations_at_the_ends_of_the_range():
+    gate = torch.tensor([-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 1e30, float("nan")])
+    x = torch.cat([gate, torch.ones(8)])[None]
+    for activation in ("silu", "gelu_tanh"):
+        actual, expected = act_and_mul(x, activation), act_and_mul_reference(x, activation)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@given(rows=st.integers(1, 5), width=st.integers(1, 3000), values=st.sampled_from([2, 50, 10**6]),
+       nan_at=st.one_of(st.none(), st.integers(0, 2999)), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=100)
+def test_argmax_takes_the_first_of_the_highest_and_nan_before_all(rows, width, values, nan_at, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randint(-values, 0, (rows, width + 2), generator=rng).float()[:, :width]
+    if nan_at is not None and nan_at < width:
+        x[0, nan_at] = float("nan")
+    (best, index), (best_expected, index_expected) = argmax(x), argmax_reference(x)
+    assert torch.equal(index, index_expected)
+    torch.testing.assert_close(best, best_expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_argmax_of_a_row_without_an_allowed_token_is_the_first():
+    best, index = argmax(torch.full((1, 37), -torch.inf))
+    assert (best.item(), index.item()) == (-torch.inf, 0)
