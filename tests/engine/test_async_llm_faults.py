@@ -27,6 +27,7 @@ from mini_vllm.exceptions import (
     EngineDeadError,
     KVCacheTooSmallError,
     OverloadedError,
+    RequestError,
     UnsupportedModelError,
 )
 from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -266,3 +267,54 @@ def test_the_engine_never_outlives_its_parent_which_needs_no_torch() -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         engine.wait(10)
     assert not engine.is_running()
+
+
+# -- news that cannot be processed ---------------------------------------------------------------------------
+
+
+def fail_once(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call of `owner.name` raises; those after it work again."""
+    right = getattr(owner, name)
+
+    def wrong(*args: object) -> None:
+        monkeypatch.setattr(owner, name, right)
+        raise ZeroDivisionError(name)
+
+    monkeypatch.setattr(owner, name, wrong)
+
+
+@pytest.mark.parametrize("name", ["process", "take_stopped", "receive", "_deliver"])
+async def test_news_that_is_lost_ends_its_requests_and_the_engine_serves_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with in_process_engine() as engine:
+        readers = await outcomes(engine, 2)
+        owner = {"receive": engine.client, "_deliver": engine._unfinished}.get(name, engine.output_processor)
+        fail_once(owner, name, monkeypatch)
+        results = await asyncio.wait_for(asyncio.gather(*readers, return_exceptions=True), 10)  # type: ignore[call-overload]
+        assert [type(result) for result in results] == [RequestError] * 2 and name in str(results[0])
+        assert (await finish(engine, "hello", SHORT)).outputs[0].finish_reason == "length"
+        stats = await engine.stats()
+        assert (stats.num_running_reqs, stats.num_waiting_reqs, engine.num_unfinished_requests) == (0, 0, 0)
+        assert not engine.output_processor.unfinished_request_ids() and not engine._unfinished.leaving
+
+
+async def test_a_last_output_that_is_lost_ends_its_stream_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor has forgotten the request by then."""
+    async with in_process_engine() as engine:
+        good, bad = await new_requests(engine, ["good", "bad"], SHORT)
+        fail_once(engine._unfinished, "_deliver", monkeypatch)
+        streams = await engine.add_requests([good, bad])
+        results = await asyncio.wait_for(asyncio.gather(*map(anext, streams), return_exceptions=True), 10)
+        assert [type(result) for result in results] == [RequestError] * 2
+        assert not engine.num_unfinished_requests
+
+
+async def test_an_abort_that_cannot_be_told_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with in_process_engine() as engine:
+        (reader,) = await outcomes(engine, 1)
+        fail_once(engine.output_processor, "abort", monkeypatch)
+        await engine.abort("0")
+        with pytest.raises(RequestError, match="could not be processed"):
+            await asyncio.wait_for(reader, 10)  # type: ignore[arg-type]
+        assert (await finish(engine, "hello", SHORT)).finished

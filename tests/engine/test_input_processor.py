@@ -214,3 +214,39 @@ def test_a_request_for_n_samples_names_its_children(processor: InputProcessor) -
     prompt = processor.tokenize([[5]])[0]
     assert processor.make_request("r", prompt, SamplingParams(n=3)).unborn_ids == ("1_r", "2_r")
     assert processor.make_request("r", prompt, SamplingParams()).unborn_ids == ()
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    processor: InputProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor.tokenizer, "encode_batch", None)
+    for text in ("a" * 10**6, "\u4e00" * 10**6):
+        with pytest.raises(
+            PromptTooLongError, match=r"maximum context length is 32 tokens\. However, your prompt"
+        ) as one:
+            processor.tokenize([text])
+        assert one.value.field == "prompt"
+        with pytest.raises(PromptTooLongError, match=r"^prompt: \(prompt 1 of 2\) This"):
+            processor.tokenize(["a", {"prompt": text}])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_no_text_that_fits_is_taken_for_too_long(family: str, request: pytest.FixtureRequest) -> None:
+    """Not one of the longest tokens, nor one whose characters NFC puts together."""
+    tokenizer = Tokenizer.from_folder(request.getfixturevalue(family))
+    processor = InputProcessor(tokenizer, max_model_len=32, vocab_size=tokenizer.vocab_size, clock=lambda: 0.0)
+    longest = max(range(tokenizer.vocab_size), key=lambda i: len(tokenizer.decode(i, skip_special_tokens=False)))
+    for text in (tokenizer.decode([longest] * 30, skip_special_tokens=False), "o\u031b\u0301" * 9):
+        processor._check_size(text)
+
+
+def test_ids_win_over_a_text_of_any_length(processor: InputProcessor) -> None:
+    assert processor.tokenize([{"prompt": "a" * 10**6, "prompt_token_ids": [3]}])[0].token_ids == [3]
+
+
+def test_a_priority_needs_a_policy_that_looks_at_it(processor: InputProcessor) -> None:
+    processor.takes_priority = False
+    prompt = processor.tokenize([[3]])[0]
+    assert processor.make_request("r", prompt, SamplingParams()).priority == 0
+    with pytest.raises(InvalidParameterError, match="priority: needs --scheduling-policy priority, got -1"):
+        processor.make_request("r", prompt, SamplingParams(), priority=-1)

@@ -355,7 +355,8 @@ async def test_version_and_beta_headers_are_welcome_and_not_needed() -> None:
 
 
 async def test_a_users_requests_are_its_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(chat_template=CHATML, api_key="k") as app, client(app, "k") as http:
+    options = {"chat_template": CHATML, "api_key": "k", "scheduling_policy": "priority"}
+    async with serving(**options) as app, client(app, "k") as http:
         engine, seen = app.state.server.engine, []
         add = engine.add_requests
 
@@ -369,6 +370,12 @@ async def test_a_users_requests_are_its_tenants(monkeypatch: pytest.MonkeyPatch)
     (request,) = seen
     assert (request.tenant.name, request.tenant.user, request.priority) == ("key-1", "u", 3)
     assert request.request_id == message["id"] and request.cache_salt not in (None, "s")
+
+
+async def test_a_priority_that_no_policy_looks_at_is_refused() -> None:
+    async with serving(chat_template=CHATML) as app, client(app) as http:
+        answer = await http.post("/v1/messages", json={**GREEDY, "priority": 3})
+    assert answer.status_code == 400 and "needs --scheduling-policy priority" in answer.json()["error"]["message"]
 
 
 def test_the_sdk_types_would_notice_a_missing_field() -> None:

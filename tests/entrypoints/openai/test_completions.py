@@ -1,5 +1,6 @@
 """Claims about POST /v1/completions: what comes back, in which shape, and that it is what the engine generates."""
 
+import contextlib
 import re
 from typing import Any
 
@@ -220,6 +221,18 @@ async def test_beam_search_finds_what_the_offline_api_finds(app: Any, llm: LLM) 
 
 async def test_the_answer_bears_the_id_that_the_request_brings(app: Any) -> None:
     assert (await post(app, COMPLETIONS, request_id="my-id.1"))["id"] == "cmpl-my-id.1"
+
+
+async def test_two_keys_may_choose_the_same_id_at_the_same_time() -> None:
+    body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 200, "ignore_eos": True, "stream": True, "request_id": "mine"}
+    async with serving(api_key=("k1", "k2")) as app, contextlib.AsyncExitStack() as stack:
+        for key in ("k1", "k2"):
+            headers = {"authorization": f"Bearer {key}"}
+            call = await stack.enter_async_context(Call(app, "POST", COMPLETIONS, body, headers))
+            assert b'"id":"cmpl-mine"' in await call.chunk()
+        async with client(app, "k1") as http:
+            answer = await http.post(COMPLETIONS, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "request_id")
 
 
 async def test_fewer_larger_events_come_with_a_stream_interval(app: Any) -> None:

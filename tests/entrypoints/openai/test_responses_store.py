@@ -29,7 +29,7 @@ def test_the_least_recently_used_response_is_forgotten_first() -> None:
     store.add(record("b"))
     store.get("a", "")
     store.add(record("c"))
-    assert ("a" in store, "b" in store, "c" in store) == (True, False, True)
+    assert (("", "a") in store, ("", "b") in store, ("", "c") in store) == (True, False, True)
 
 
 def test_bytes_are_bounded_and_counted_exactly() -> None:
@@ -37,16 +37,16 @@ def test_bytes_are_bounded_and_counted_exactly() -> None:
     for name in "abcdef":
         store.add(record(name))
         assert store.num_bytes == 100 * len(store) <= 350
-    assert [name for name in "abcdef" if name in store] == ["d", "e", "f"]
+    assert [name for name in "abcdef" if ("", name) in store] == ["d", "e", "f"]
 
 
 def test_a_response_larger_than_the_store_is_kept_until_the_next_one() -> None:
     store = ResponseStore(max_responses=100, max_bytes=350)
     store.add(record("a"))
     store.add(record("huge", num_bytes=1000))
-    assert "a" not in store and "huge" in store
+    assert ("", "a") not in store and ("", "huge") in store
     store.add(record("b"))
-    assert "huge" not in store and store.num_bytes == 100
+    assert ("", "huge") not in store and store.num_bytes == 100
 
 
 def test_another_owner_does_not_see_a_response_nor_its_items() -> None:
@@ -61,6 +61,15 @@ def test_another_owner_does_not_see_a_response_nor_its_items() -> None:
         store.get("nothing", "bob")
     assert error.value.status == unknown.value.status == 404
     assert error.value.message.replace("'r'", "'nothing'") == unknown.value.message
+
+
+async def test_two_owners_may_have_the_same_id() -> None:
+    store = ResponseStore(10, 10_000)
+    for owner in ("alice", "bob"):
+        store.add(record("r", owner))
+    assert len(store) == 2 and ("carol", "r") not in store
+    await store.remove(store.get("r", "alice"))
+    assert store.find("r", "alice") is None and store.get("r", "bob").owner == "bob"
 
 
 async def test_what_is_removed_leaves_nothing_behind() -> None:
@@ -82,7 +91,7 @@ async def test_what_still_runs_is_never_forgotten_but_keeps_new_ones_out() -> No
         store.check_room()
     store.add(record("c"))
     store.add(record("d"))
-    assert ("a" in store, "b" in store, "c" in store) == (True, True, False)
+    assert (("", "a") in store, ("", "b") in store, ("", "c") in store) == (True, True, False)
     await store.close()
 
 
@@ -107,7 +116,7 @@ async def test_events_are_charged_as_they_come() -> None:
         streamed.events.append(b"x" * 60)
         store.note_change(streamed)
     assert store.num_bytes == streamed.num_bytes == 400
-    assert "old" not in store
+    assert ("", "old") not in store
 
 
 @pytest.mark.parametrize("start", [0, 2, 4])

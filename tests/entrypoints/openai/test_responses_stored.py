@@ -1,6 +1,7 @@
 """Claims about responses that are kept: who sees them, the background, cancelling, deleting, following, leaving."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -198,6 +199,48 @@ async def test_a_request_id_names_the_response_once() -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "request_id")
 
 
+async def test_two_keys_may_choose_the_same_request_id_at_the_same_time() -> None:
+    async with serving(chat_template=CHATML, api_key=("k1", "k2")) as app:
+        fields = {**LONG, "background": True, "max_output_tokens": 200, "request_id": "mine"}
+        bodies = [await create(app, key, **fields) for key in ("k1", "k2")]
+        assert [body["id"] for body in bodies] == ["resp_mine"] * 2 and num_unfinished(app) == 2
+        await ask(app, "DELETE", "resp_mine", api_key="k1")
+        await ask(app, "GET", "resp_mine", 404, "k1")
+        assert (await ask(app, "GET", "resp_mine", 200, "k2"))["id"] == "resp_mine"
+        assert set(app.state.server.engine._unfinished.streams) == {"resp_mine/key-2"}
+
+
+async def test_a_response_may_follow_another_without_input() -> None:
+    async with serving(chat_template=CHATML) as app, client(app) as http:
+        first = await create(app, input="one")
+        second = await create(app, input=None, previous_response_id=first["id"])
+        assert second["status"] in ("completed", "incomplete")
+        for path in ("/v1/responses", "/v1/responses/input_tokens"):
+            answer = await http.post(path, json={"model": "tiny"})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, "input") and "is required" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("strem=true", "strem"),
+        ("include=what", "include"),
+        ("include[]=what", "include[]"),
+        ("include_obfuscation=true", "include_obfuscation"),
+        ("starting_after=-1&stream=true", "starting_after"),
+        ("", None),
+        ("include=message.output_text.logprobs&include=reasoning.encrypted_content", None),
+        ("include[]=message.output_text.logprobs&include_obfuscation=false", None),
+    ],
+)
+async def test_what_a_get_asks_for_and_is_not_known_is_refused(query: str, param: str | None) -> None:
+    async with serving(chat_template=CHATML) as app:
+        body = await create(app)
+        answer = await ask(app, "GET", f"{body['id']}?{query}", 400 if param else 200)
+    assert answer["error"]["param"] == param if param else answer["id"] == body["id"]
+
+
 # -- in the background -----------------------------------------------------------------------------------------
 
 
@@ -301,7 +344,10 @@ async def test_what_was_not_streamed_in_the_background_cannot_be_followed() -> N
 # -- failing, leaving ------------------------------------------------------------------------------------------
 
 
-async def test_a_request_that_fails_alone_is_a_failed_response(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_fails_alone_is_a_failed_response(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mini_vllm"), "propagate", True)
     async with serving(chat_template=CHATML) as app, client(app) as http:
         held(app, monkeypatch, error=RequestError("a processor raised"))
         body = await create(app, background=True, max_output_tokens=100)
@@ -309,6 +355,8 @@ async def test_a_request_that_fails_alone_is_a_failed_response(monkeypatch: pyte
         answer = await http.post("/v1/responses", json={**GREEDY, **LONG, "stream": True})
         whole = await http.post("/v1/responses", json={**GREEDY, **LONG, "temperature": 1})
         assert num_unfinished(app) == 0
+    ids = (body["id"], sse_events(answer.text)[0]["data"]["response"]["id"])
+    assert all(sum(f"{id} failed" in line for line in caplog.messages) == 1 for id in ids)
     last = sse_events(answer.text)[-1]
     assert last["event"] == "response.failed"
     for response in (background, last["data"]["response"]):
@@ -358,7 +406,7 @@ async def test_a_client_that_leaves_takes_its_request_along(stream: bool, monkey
 async def test_a_full_queue_is_a_503_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(chat_template=CHATML, max_num_queued_reqs=1) as app:
         held(app, monkeypatch)
-        await create(app, background=True)
+        await create(app, background=True, ignore_eos=True, max_output_tokens=200)
         sdk = openai_client(app)
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as error:

@@ -15,7 +15,13 @@ from mini_vllm.entrypoints.server.encoding import json_response
 from mini_vllm.entrypoints.server.fields import ApiModel, Refused
 from mini_vllm.entrypoints.server.routing import ApiRoute
 from mini_vllm.entrypoints.server.streaming import data_event, sse_response
-from mini_vllm.exceptions import EngineDeadError, InvalidParameterError, OverloadedError, PromptTooLongError
+from mini_vllm.exceptions import (
+    EngineDeadError,
+    InvalidParameterError,
+    OverloadedError,
+    PromptTooLongError,
+    RequestError,
+)
 
 
 class IdleEngine:
@@ -84,6 +90,7 @@ async def echo(body: Body, request: Request) -> Response:
 
 FAILURES = {
     "bug": ZeroDivisionError("a secret of the server"),
+    "alone": RequestError("a secret of the engine"),
     "overloaded": OverloadedError("too many requests", "max_num_queued_reqs", retry_after=7),
     "dead": EngineDeadError("the engine died"),
     "too_long": PromptTooLongError("prompt", "This model's maximum context length is 8 tokens."),

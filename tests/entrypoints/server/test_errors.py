@@ -199,14 +199,18 @@ async def test_a_wrong_body_has_anthropics_shape_on_its_routes() -> None:
         assert answer.json()["error"]["message"].startswith("messages: ")
 
 
-async def test_a_bug_is_logged_with_the_request_id_and_told_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("path", ["/v1/fail/bug", "/v1/fail/alone", "/v1/messages/alone"])
+async def test_a_bug_is_logged_with_the_request_id_and_told_to_nobody(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     logging.getLogger("mini_vllm").addHandler(caplog.handler)
     try:
         async with app_of() as app, client(app) as http:
-            answer = await http.post("/v1/fail/bug", headers={"x-request-id": "find-me"})
-            assert answer.headers["x-request-id"] == "find-me"
+            answer = await http.post(path, headers={"x-request-id": "find-me"})
+            assert (answer.status_code, answer.headers["x-request-id"]) == (500, "find-me")
             assert "secret" not in answer.text
-        assert "find-me" in caplog.text and str(FAILURES["bug"]) in caplog.text
+        assert len(set(map(id, caplog.records))) == 1 and "find-me" in caplog.text
+        assert str(FAILURES[path.split("/")[-1]]) in caplog.text
     finally:
         logging.getLogger("mini_vllm").removeHandler(caplog.handler)
 
