@@ -39,8 +39,13 @@ def bodies() -> dict[type[ApiModel], list[str]]:
     for route in [*openai_router.routes, *anthropic_router.routes]:
         for hint in typing.get_type_hints(route.endpoint).values():  # type: ignore[attr-defined]
             if inspect.isclass(hint) and issubclass(hint, ApiModel):
-                found.setdefault(hint, []).append(route.path)  # type: ignore[attr-defined]
+                found.setdefault(hint, []).append(_name(route))
     return found
+
+
+def _name(route: Any) -> str:
+    (method,) = route.methods
+    return f"{method} {route.path}"
 
 
 def parts_of(model: type[ApiModel]) -> Iterator[type[ApiModel]]:
@@ -62,7 +67,7 @@ def document() -> str:
     """The whole page."""
     found = bodies()
     parts = dict.fromkeys(part for model in found for part in parts_of(model) if part not in found)
-    sections = [_section(f"`POST {'`, `'.join(paths)}`", model) for model, paths in found.items()]
+    sections = [_section(f"`{'`, `'.join(names)}`", model) for model, names in found.items()]
     return "\n".join(
         [_INTRODUCTION, *sections, "# Objects inside them\n", *(_section(_title(part), part) for part in parts)]
     )

@@ -251,8 +251,11 @@ class AsyncLLM:
                 if not await self._revive():
                     self._die(error)
                     return
-            except Exception:
-                logger.exception("a message of the engine could not be taken")  # say, a logger of statistics failed
+            except Exception as error:
+                logger.exception("a message of the engine could not be taken; all unfinished requests end")
+                why = f"a message of the engine was lost: {type(error).__name__}: {error}"
+                self._unfinished.fail_unfinished(why)
+                self._calls.fail(why)
 
     async def _take_messages(self) -> None:
         while True:

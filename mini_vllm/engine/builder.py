@@ -87,6 +87,7 @@ def plan_input_processor(args: EngineArgs, tokenizer: Tokenizer, hf_config: HFCo
         default_max_tokens=generation_config.get("max_new_tokens"),
         eos_token_ids=args.load_eos_token_ids(hf_config),
         max_logprobs=args.max_logprobs,
+        takes_priority=args.scheduling_policy == "priority",
     )
 
 

@@ -23,6 +23,8 @@ logger = init_logger(__name__)
 PromptType = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; dicts may add "cache_salt"."""
 
+_MOST_SHRINKING = 4
+"""How much shorter normalising may make a text before it becomes tokens. NFC comes to a third at best."""
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt"})
 _DEFAULTS_FROM_GENERATION_CONFIG = {
     "temperature": "temperature",
@@ -52,6 +54,7 @@ class InputProcessor:
     default_max_tokens: what the model's configuration says of `max_tokens`; None when it says nothing.
     eos_token_ids: every id that ends a sequence by the model's configs; the tokenizer's own comes first.
     max_logprobs: the most that a request may ask for at a position; -1 is the whole vocabulary.
+    takes_priority: whether the scheduling policy looks at priorities.
 
     default_max_tokens: what the generation config says; None where it does not.
     """
@@ -66,11 +69,13 @@ class InputProcessor:
         default_max_tokens: int | None = None,
         eos_token_ids: Sequence[int] = (),
         max_logprobs: int = DEFAULT_MAX_LOGPROBS,
+        takes_priority: bool = True,
         clock: Callable[[], float],
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        self.takes_priority = takes_priority
         self.clock = clock
         self.checker = ParamChecker(tokenizer, vocab_size, max_logprobs)
         self.default_sampling_params = default_sampling_params or SamplingParams()
@@ -90,6 +95,9 @@ class InputProcessor:
         """Parse, encode (all texts at once) and check prompts. Raises before anything is queued; with more than
         one prompt the message says which is wrong."""
         parsed = [self._located(i, len(prompts), self._parse, prompt) for i, prompt in enumerate(prompts)]
+        for index, item in enumerate(parsed):
+            if "prompt_token_ids" not in item:
+                self._located(index, len(parsed), self._check_size, item["prompt"])
         texts = [item["prompt"] for item in parsed if "prompt_token_ids" not in item]
         encoded = iter(self.tokenizer.encode_batch(texts, add_special_tokens) if texts else [])
         tokenized = []
@@ -145,6 +153,16 @@ class InputProcessor:
             raise InvalidParameterError("prompt", f"is no valid Unicode: {error.reason} at {error.start}") from None
         return text
 
+    def _check_size(self, text: str) -> None:
+        """Before time is spent on tokenising a text that is too long by far."""
+        most = self.max_model_len * self.tokenizer.longest_token * _MOST_SHRINKING
+        if len(text) * 4 > most and (size := len(text.encode("utf-8"))) > most:
+            raise PromptTooLongError(
+                "prompt",
+                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt has {size} "
+                f"bytes, and {self.max_model_len} tokens are at most {most}. Please shorten the prompt.",
+            )
+
     def _check_ids(self, prompt: TokenizedPrompt) -> None:
         ids = prompt.token_ids
         if not ids:
@@ -182,6 +200,8 @@ class InputProcessor:
         _check_salt(cache_salt)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParameterError("priority", f"must be an integer, got {priority!r}")
+        if priority and not self.takes_priority:
+            raise InvalidParameterError("priority", f"needs --scheduling-policy priority, got {priority}")
         return Request(
             request_id,
             prompt.token_ids,

@@ -82,15 +82,11 @@ class UnfinishedRequests:
         if self.leaving:  # a request that was added since may have the id of one that is leaving
             part = [item for item in part if item.request_id not in self.leaving]
         try:
-            outputs = self.output_processor.process(part, now, iteration)
+            for output in self.output_processor.process(part, now, iteration):
+                self._deliver(output)
+            self._send_end(StopRequests(self.output_processor.take_stopped()))
         except Exception as error:
-            logger.exception("the news of %d sequences could not be processed; they end with an error", len(part))
-            broken = self.output_processor.requests_of([item.request_id for item in part])
-            self._fail(broken, RequestError(f"the output could not be processed: {type(error).__name__}: {error}"))
-            return
-        for output in outputs:
-            self._deliver(output)
-        self._send_end(StopRequests(self.output_processor.take_stopped()))
+            self._give_up([item.request_id for item in part], error)
 
     def _deliver(self, output: RequestOutput) -> None:
         stream = self.streams.get(output.request_id)
@@ -123,7 +119,11 @@ class UnfinishedRequests:
         self._send_end(AbortRequests(self.output_processor.core_ids(request_ids)))
         now = time.monotonic()
         iteration = IterationStats(now)
-        outputs = self.output_processor.abort(request_ids, now, iteration, **why)
+        try:
+            outputs = self.output_processor.abort(request_ids, now, iteration, **why)
+        except Exception as error:
+            self._give_up(self.output_processor.core_ids(request_ids), error)
+            return []
         if outputs:
             record_all(self.stat_loggers, None, iteration)
         return outputs
@@ -137,14 +137,27 @@ class UnfinishedRequests:
         """The core's answer to what `_send_end` sent."""
         self.leaving -= Counter(message.request_ids)
 
-    def _fail(self, request_ids: Sequence[str], error: Exception) -> None:
-        """End requests whose output can no longer be told."""
-        self._send_end(AbortRequests(self.output_processor.core_ids(request_ids)))
+    def _give_up(self, core_ids: Sequence[str], error: Exception) -> None:
+        """The news of these sequences of the core could not be processed: their requests end, and with them those
+        that are done but whose output has not reached the stream."""
+        logger.error("the news of %d sequences could not be processed; they end", len(core_ids), exc_info=error)
+        lost = set(self.streams).difference(self.output_processor.unfinished_request_ids())
+        broken = [*self.output_processor.requests_of(core_ids), *lost]
+        self._fail(broken, f"the output could not be processed: {type(error).__name__}: {error}", core_ids)
+
+    def _fail(self, request_ids: Sequence[str], why: str, core_ids: Sequence[str] = ()) -> None:
+        """End requests whose output can no longer be told. core_ids: of more that the core may still run."""
+        running = dict.fromkeys((*core_ids, *self.output_processor.core_ids(request_ids)))
         for request_id in request_ids:
             self.output_processor.forget(request_id)
             if (stream := self.streams.get(request_id)) is not None:
-                stream.fail(error)
+                stream.fail(RequestError(why))
             self.forget(request_id)
+        self._send_end(AbortRequests(list(running)))
+
+    def fail_unfinished(self, why: str) -> None:
+        """News was lost, and nobody knows whose."""
+        self._fail(list({*self.streams, *self.output_processor.unfinished_request_ids()}), why)
 
     def fail_all(self, why: str) -> None:
         """The engine is gone, and everything it knew with it."""

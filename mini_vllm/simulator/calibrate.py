@@ -36,15 +36,32 @@ MAX_ALONE = 2048
 
 
 def calibrate(
-    engine: "LLMEngine", *, temperature: float = 1.0, repeats: int = 3, seed: int = 0, progress: Progress | None = None
+    engine: "LLMEngine",
+    *,
+    temperature: float = 1.0,
+    detokenize: bool = True,
+    repeats: int = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> FittedCost:
-    """Run the sets on an engine that has nothing else to do. Raises `ConfigError` when its context is too short."""
-    samples = measure_steps(engine, temperature=temperature, repeats=repeats, seed=seed, progress=progress)
-    return fit_cost(samples, _about(engine, temperature))
+    """Run the sets on an engine that has nothing else to do. Raises `ConfigError` when its context is too short.
+
+    detokenize: whether making text is part of a step, as it is in this process, and is not where a server makes it.
+    """
+    samples = measure_steps(
+        engine, temperature=temperature, detokenize=detokenize, repeats=repeats, seed=seed, progress=progress
+    )
+    return fit_cost(samples, _about(engine, temperature) | {"detokenize": detokenize})
 
 
 def measure_steps(
-    engine: "LLMEngine", *, temperature: float = 1.0, repeats: int = 3, seed: int = 0, progress: Progress | None = None
+    engine: "LLMEngine",
+    *,
+    temperature: float = 1.0,
+    detokenize: bool = True,
+    repeats: int = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[Sample]:
     """(load, median seconds over the repeats) of every step of every set, after one that warms up."""
     from mini_vllm.bench.driver import Driver
@@ -53,7 +70,7 @@ def measure_steps(
     if repeats < 1:
         raise ConfigError(f"repeats: must be at least 1, got {repeats}")
     maker = _Sets(usable_token_ids(engine), engine.max_model_len, _max_batch(engine), seed)
-    driver = Driver(engine, temperature=temperature)
+    driver = Driver(engine, temperature=temperature, detokenize=detokenize)
     driver.run(maker.mixed())
     sets = list(maker.all())
     measured: list[list[list[Sample]]] = [[] for _ in sets]

@@ -120,6 +120,11 @@ class Tokenizer:
         return self.vocab_size
 
     @cached_property
+    def longest_token(self) -> int:
+        """UTF-8 bytes of the longest spelling in the vocabulary; no token stands for more of a normalised text."""
+        return max((len(token.encode("utf-8")) for token in self.get_vocab()), default=1)
+
+    @cached_property
     def all_special_ids(self) -> list[int]:
         """Ids that `skip_special_tokens` leaves out, in order."""
         added = self.backend.get_added_tokens_decoder()

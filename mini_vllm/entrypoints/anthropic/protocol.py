@@ -193,7 +193,7 @@ class MessagesRequest(PromptFields):
         None, min_length=1, max_length=1024, description="Share cached prefixes only with requests of the same salt."
     )
     priority: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="Lower goes first, under the scheduling policy `priority`."
+        None, ge=-(2**63), lt=2**63, description="Lower goes first; needs the scheduling policy `priority`."
     )
 
 

@@ -46,7 +46,7 @@ async def search_beams(
 
     async def search_all() -> list[RequestOutput]:
         pairs = enumerate(zip(prompts, params, strict=True))
-        return [await _search(call, f"{call.id}-{i}", prompt, one) for i, (prompt, one) in pairs]
+        return [await _search(call, call.engine_id(f"-{i}"), prompt, one) for i, (prompt, one) in pairs]
 
     return [FinishedStream(output) for output in await run_until_disconnect(call.request, search_all())]
 

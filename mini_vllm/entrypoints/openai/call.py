@@ -52,7 +52,7 @@ def model_not_found(state: ServerState, name: str) -> ApiError:
 
 @dataclass(frozen=True)
 class Call:
-    """A request for a completion or a chat. id: of the answer, and of what the engine runs."""
+    """A request for a completion or a chat. id: of the answer; see `engine_id`."""
 
     request: Request
     body: SamplingRequest
@@ -82,6 +82,11 @@ class Call:
             self.state.model_root, engine.max_model_len, engine.get_default_sampling_params(), self.state.chat_template
         )
 
+    def engine_id(self, suffix: str = "") -> str:
+        """The id of what the engine runs: the answer's own. The same one chosen under two API keys is two."""
+        scope = f"/{self.context.owner}" if self.body.request_id and self.context.owner else ""
+        return self.id + suffix + scope
+
     async def submit(self, prompts: Prompts, params: Sequence[SamplingParams]) -> list[RequestStream]:
         """Queue one request a prompt, all or none."""
         body, context = self.body, self.context
@@ -89,7 +94,7 @@ class Call:
         return await self.engine.add_requests(
             [
                 NewRequest(
-                    request_id=self.id if len(prompts) == 1 else f"{self.id}-{i}",
+                    request_id=self.engine_id("" if len(prompts) == 1 else f"-{i}"),
                     prompt=prompt,
                     params=one,
                     priority=body.priority or 0,

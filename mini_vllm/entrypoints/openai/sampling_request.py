@@ -7,13 +7,17 @@ are checked when `sampling.py` makes `SamplingParams` of these.
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+import msgspec
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from mini_vllm.entrypoints.openai.field_tables import ACCEPTED_BY_ALL, REFUSED_BY_ALL
 from mini_vllm.entrypoints.server.fields import ApiModel, Refused
 from mini_vllm.exceptions import InvalidParameterError
 
 TokenIds = list[int]
+
+MAX_XARGS_BYTES = 64 * 1024
+"""Of JSON, in `vllm_xargs`: it goes to the engine as it is."""
 
 
 class StrictModel(ApiModel):
@@ -62,7 +66,7 @@ class SamplingFields(StrictModel):
     spaces_between_special_tokens: bool | None = Field(None, description="Between those that are shown. Default true.")
 
     priority: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="Lower goes first, under the scheduling policy `priority`."
+        None, ge=-(2**63), lt=2**63, description="Lower goes first; needs the scheduling policy `priority`."
     )
     request_id: str | None = Field(
         None, pattern=r"^[\w.:-]{1,128}$", description="The answer's id, after its prefix. Default: a random one."
@@ -71,8 +75,16 @@ class SamplingFields(StrictModel):
         None, min_length=1, max_length=1024, description="Share cached prefixes only with requests of the same salt."
     )
     vllm_xargs: dict[str, str | int | float | list[str | int | float]] | None = Field(
-        None, description="For logits processors that the server was started with."
+        None, description="For logits processors that the server was started with; up to 64 KiB of JSON."
     )
+
+    @field_validator("vllm_xargs", mode="before")
+    @classmethod
+    def _check_xargs(cls, value: Any) -> Any:
+        """Before each of a million numbers is looked at."""
+        if (size := len(msgspec.json.encode(value))) > MAX_XARGS_BYTES:
+            raise InvalidParameterError("vllm_xargs", f"may have at most {MAX_XARGS_BYTES} bytes of JSON, got {size}")
+        return value
 
 
 class SamplingRequest(SamplingFields):

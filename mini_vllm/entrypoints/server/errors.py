@@ -39,6 +39,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     529: "overloaded_error",
 }
+_UNEXPLAINED = "internal_error"
 MAX_MESSAGE = 1000
 """Characters of a message at most: a body that is wrong is not sent back whole."""
 
@@ -75,7 +76,12 @@ def api_error_from(error: Exception) -> ApiError:
         return ApiError(503, str(error), code=error.reason, headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, EngineDeadError):
         return ApiError(500, str(error), code="engine_dead")
-    return ApiError(500, "The server failed on this request; its log says why.", code="internal_error")
+    return ApiError(500, "The server failed on this request; its log says why.", code=_UNEXPLAINED)
+
+
+def is_explained(error: Exception) -> bool:
+    """Whether the answer says what went wrong. If not, the log has to."""
+    return api_error_from(error).code != _UNEXPLAINED
 
 
 def openai_error(error: ApiError) -> dict[str, Any]:

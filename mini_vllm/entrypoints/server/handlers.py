@@ -18,7 +18,7 @@ from starlette.types import Scope
 from mini_vllm.entrypoints.server.context import context_of
 from mini_vllm.entrypoints.server.disconnect import ClientGoneError
 from mini_vllm.entrypoints.server.encoding import json_response
-from mini_vllm.entrypoints.server.errors import ApiError, anthropic_error, api_error_from, openai_error
+from mini_vllm.entrypoints.server.errors import ApiError, anthropic_error, api_error_from, is_explained, openai_error
 from mini_vllm.exceptions import InvalidParameterError, MiniVLLMError
 from mini_vllm.logger import init_logger
 
@@ -37,6 +37,8 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, MiniVLLMError) and not is_explained(error):
+        logger.error("request %s failed: %s", context_of(request).request_id, error)
     return error_response(request, error)
 
 

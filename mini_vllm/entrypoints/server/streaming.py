@@ -16,8 +16,7 @@ from starlette.types import Receive, Scope, Send
 from mini_vllm.entrypoints.server.context import context_of
 from mini_vllm.entrypoints.server.disconnect import cancel_all, disconnected
 from mini_vllm.entrypoints.server.encoding import encode
-from mini_vllm.entrypoints.server.errors import ApiError, anthropic_error, api_error_from, openai_error
-from mini_vllm.exceptions import MiniVLLMError
+from mini_vllm.entrypoints.server.errors import ApiError, anthropic_error, api_error_from, is_explained, openai_error
 from mini_vllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -123,7 +122,7 @@ class _EventStream(Response):
 
     def _failed(self, error: Exception, scope: Scope) -> bytes:
         request_id = context_of(HTTPConnection(scope)).request_id
-        if not isinstance(error, ApiError | MiniVLLMError):
+        if not is_explained(error):
             logger.exception("request %s failed in the middle of its stream", request_id)
         return self._on_error(api_error_from(error), request_id)
 

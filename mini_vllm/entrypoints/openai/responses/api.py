@@ -19,7 +19,7 @@ from mini_vllm.entrypoints.openai.logprobs import ChatLogprobsShaper
 from mini_vllm.entrypoints.openai.responses.input import KeptItem
 from mini_vllm.entrypoints.openai.responses.objects import ItemList, ResponseObject
 from mini_vllm.entrypoints.openai.responses.prompt import Fitter, about_input, as_chat, conversation_of, resolved_input
-from mini_vllm.entrypoints.openai.responses.request import ResponsesInput, ResponsesRequest
+from mini_vllm.entrypoints.openai.responses.request import ResponseQuery, ResponsesInput, ResponsesRequest
 from mini_vllm.entrypoints.openai.responses.run import Generation, LogprobsOf, run_in_background
 from mini_vllm.entrypoints.openai.responses.store import EventLog, ResponseStore, StoredResponse
 from mini_vllm.entrypoints.openai.sampling import chat_params, with_max_tokens
@@ -58,7 +58,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     call = Call.begin(request, chat, "resp_")
     store = _store(call.state)
     keeps = _keeps(body, store)
-    if call.id in store:
+    if (call.context.owner, call.id) in store:
         raise InvalidParameterError("request_id", f"there is a stored response {call.id!r} already")
     if body.background:
         store.check_room()
@@ -156,23 +156,18 @@ def _start(
 
 
 @router.get("/v1/responses/{response_id}", responses=_RESPONSE)
-async def get_response(
-    response_id: str,
-    request: Request,
-    stream: bool = False,
-    starting_after: Annotated[int | None, Query(ge=0)] = None,
-) -> Response:
+async def get_response(response_id: str, request: Request, query: Annotated[ResponseQuery, Query()]) -> Response:
     """A stored response, or the events of one in the background from `starting_after` on."""
     record = _stored(request, response_id)
-    if not stream:
-        if starting_after is not None:
+    if not query.stream:
+        if query.starting_after is not None:
             raise InvalidParameterError("starting_after", "acts only with `stream`")
         return _as_kept(record)
     if record.events is None:
         raise ApiError(
             400, "Only responses created with background=true and stream=true can be streamed again.", param="stream"
         )
-    start = 0 if starting_after is None else starting_after + 1
+    start = 0 if query.starting_after is None else query.starting_after + 1
     return sse_response(record.events.follow(start), keep_alive=state_of(request).args.sse_keep_alive_interval)
 
 

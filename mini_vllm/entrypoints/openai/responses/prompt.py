@@ -33,7 +33,7 @@ def resolved_input(body: ResponsesInput, store: ResponseStore, owner: str) -> li
     items = _earlier_items(body.previous_response_id, store, owner)
     if isinstance(body.input, str):
         return [*items, user_message(body.input)]
-    for position, item in enumerate(body.input):
+    for position, item in enumerate(body.input or ()):
         if not isinstance(item, ItemReference):
             items.append(kept_item(item))
         elif (found := store.find_item(item.id, owner)) is not None:

@@ -4,18 +4,18 @@ Names and meanings are OpenAI's; how to sample beyond them is vLLM's. `None` is 
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
 from mini_vllm.entrypoints.openai.field_tables import ACCEPTED_BY_ALL, REFUSED_BY_ALL
 from mini_vllm.entrypoints.openai.responses.input import InputItem
 from mini_vllm.entrypoints.openai.sampling_request import SamplingFields, StrictModel
-from mini_vllm.entrypoints.server.fields import Refused
+from mini_vllm.entrypoints.server.fields import ApiModel, Refused
 from mini_vllm.exceptions import InvalidParameterError
 
 LOGPROBS = "message.output_text.logprobs"
-_Includable = Literal[
+Includable = Literal[
     "message.output_text.logprobs",
     # of tools, images and reasoning, none of which an answer has here: there is nothing to leave out
     "code_interpreter_call.outputs",
@@ -64,7 +64,9 @@ class ResponsesInput(StrictModel):
     }
 
     model: str | None = Field(None, description="One of the names in /v1/models. Default: the first.")
-    input: str | list[InputItem] = Field(description="What the model is given: text, or a list of items.")
+    input: str | list[InputItem] | None = Field(
+        None, description="What the model is given: text, or a list of items. Required but after an earlier response."
+    )
     instructions: str | None = Field(
         None, description="A system message before everything else; earlier responses do not pass theirs on."
     )
@@ -73,6 +75,12 @@ class ResponsesInput(StrictModel):
         None, description="auto: leave out the oldest items of an input that is too long. Default disabled: refuse it."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template.")
+
+    @model_validator(mode="after")
+    def _check_input(self) -> "ResponsesInput":
+        if self.input is None and self.previous_response_id is None:
+            raise InvalidParameterError("input", "is required unless `previous_response_id` is given")
+        return self
 
 
 class ResponsesStreamOptions(StrictModel):
@@ -83,6 +91,23 @@ class ResponsesStreamOptions(StrictModel):
 
 _Tag = Annotated[str, StringConstraints(max_length=64)]
 _TagValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+def _is_includable(value: Any) -> bool:
+    return ({value} if isinstance(value, str) else set(value)) <= set(get_args(Includable))
+
+
+class ResponseQuery(ApiModel):
+    """What GET /v1/responses/{id} may be asked with."""
+
+    REFUSED: ClassVar[Mapping[str, Refused]] = {
+        "include": Refused("Names something that no response has", _is_includable),
+        "include[]": Refused("Names something that no response has", _is_includable),
+        "include_obfuscation": Refused("Events are never padded", lambda value: value in ("false", "False", "0")),
+    }
+
+    stream: bool = Field(False, description="Follow its events, which takes one made with `background` and `stream`.")
+    starting_after: int | None = Field(None, ge=0, description="Of the events, leave out those up to this number.")
 
 
 class ResponsesRequest(ResponsesInput, SamplingFields):
@@ -105,7 +130,7 @@ class ResponsesRequest(ResponsesInput, SamplingFields):
     }
 
     background: bool | None = Field(None, description="Answer at once, and generate for who asks later; with `store`.")
-    include: list[_Includable] | None = Field(None, description=f"{LOGPROBS} gives the output its logprobs.")
+    include: list[Includable] | None = Field(None, description=f"{LOGPROBS} gives the output its logprobs.")
     max_output_tokens: int | None = Field(None, ge=1, description="Tokens to generate at most.")
     max_tool_calls: int | None = Field(None, ge=1, description="Comes back in the response; no tools are called.")
     metadata: dict[_Tag, _TagValue] | None = Field(

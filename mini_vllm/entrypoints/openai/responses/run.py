@@ -17,8 +17,8 @@ from mini_vllm.entrypoints.openai.responses.objects import (
 )
 from mini_vllm.entrypoints.openai.responses.store import ResponseStore, StoredResponse
 from mini_vllm.entrypoints.server.encoding import encode
-from mini_vllm.entrypoints.server.errors import api_error_from
-from mini_vllm.exceptions import MiniVLLMError, OverloadedError
+from mini_vllm.entrypoints.server.errors import api_error_from, is_explained
+from mini_vllm.exceptions import OverloadedError
 from mini_vllm.logger import init_logger
 from mini_vllm.outputs import RequestOutput
 
@@ -113,7 +113,7 @@ class Generation:
         self._finish("cancelled")
 
     def _fail(self, error: Exception) -> None:
-        if not isinstance(error, MiniVLLMError):
+        if not is_explained(error):
             logger.exception("response %s failed", self.response.id)
         self._write_item()
         self.response.fail(api_error_from(error).message, self._usage())

@@ -3,7 +3,7 @@
 What is kept is bytes, the JSON that a client would get, so that memory is what the limits count. When a limit is
 passed, those that nobody used for longest are forgotten; one that still runs never is, so a new one in the background
 is refused while those that run fill the store. Everything belongs to the API key that made it: to another key it does
-not exist.
+not exist, and its id is free.
 """
 
 import asyncio
@@ -71,6 +71,10 @@ class StoredResponse:
     """Bytes that the store counts for it."""
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.owner, self.response_id
+
+    @property
     def is_running(self) -> bool:
         return self.task is not None and not self.task.done()
 
@@ -102,15 +106,16 @@ class ResponseStore:
     def __init__(self, max_responses: int, max_bytes: int) -> None:
         self.max_responses = max_responses
         self.max_bytes = max_bytes
-        self._records: dict[str, StoredResponse] = {}  # least recently used first
+        self._records: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, least recently used first
         self._item_owners: dict[tuple[str, str], str] = {}  # (owner, item id) -> response id
         self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __contains__(self, response_id: str) -> bool:
-        return response_id in self._records
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """key: owner and id."""
+        return key in self._records
 
     @property
     def enabled(self) -> bool:
@@ -122,10 +127,9 @@ class ResponseStore:
 
     def find(self, response_id: str, owner: str) -> StoredResponse | None:
         """The response, which counts as used now; None if there is none of this owner."""
-        record = self._records.get(response_id)
-        if record is None or record.owner != owner:
-            return None
-        self._records[response_id] = self._records.pop(response_id)
+        record = self._records.pop((owner, response_id), None)
+        if record is not None:
+            self._records[record.key] = record
         return record
 
     def get(self, response_id: str, owner: str) -> StoredResponse:
@@ -151,20 +155,20 @@ class ResponseStore:
 
     def add(self, record: StoredResponse) -> None:
         """Keep a response, in place of one of the same id, and forget what is over the limits."""
-        if record.response_id in self._records:
-            self._forget(self._records[record.response_id])
-        self._records[record.response_id] = record
+        if record.key in self._records:
+            self._forget(self._records[record.key])
+        self._records[record.key] = record
         self.note_change(record)
 
     def note_change(self, record: StoredResponse) -> None:
         """Count a response anew after it changed, and find its new items, unless it is forgotten by now."""
-        if record.response_id in self._records:
+        if record.key in self._records:
             self._item_owners.update(dict.fromkeys(self._keys(record), record.response_id))
             self.charge(record)
 
     def charge(self, record: StoredResponse) -> None:
         """Count the bytes of a response anew, unless it is forgotten by now."""
-        if record.response_id not in self._records:
+        if record.key not in self._records:
             return
         self.num_bytes += record.num_bytes - record.charged
         record.charged = record.num_bytes
@@ -190,7 +194,7 @@ class ResponseStore:
             await self.remove(record)
 
     def _forget(self, record: StoredResponse) -> None:
-        if self._records.pop(record.response_id, None) is None:
+        if self._records.pop(record.key, None) is None:
             return
         self.num_bytes -= record.charged
         for key in self._keys(record):

@@ -1,0 +1,119 @@
+"""benchmarks/simulator_fidelity.py: its arithmetic, its loop on a real engine, and (slow) the whole of a quick run."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other by name, as they do when one is run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_an_error_is_of_the_mean_and_the_spread_is_between_the_real_runs() -> None:
+    from simulator_fidelity import FIGURES, compare, summary
+
+    real = [dict.fromkeys(FIGURES, 9.0), dict.fromkeys(FIGURES, 11.0)]
+    found = compare(real, dict.fromkeys(FIGURES, 12.0))
+    assert list(found) == list(FIGURES)
+    assert found["p99_ttft_ms"] == pytest.approx(
+        {"real": 10.0, "spread_percent": 20.0, "simulated": 12.0, "error_percent": 20.0}
+    )
+    assert "+20.0 (20.0)" in summary([{"name": "a load", "compared": found}])
+
+
+def test_the_cost_is_compared_with_the_steps_that_were_taken() -> None:
+    from simulator_fidelity import step_error
+
+    from mini_vllm.simulator.cost import FittedCost
+
+    notes: Any = [SimpleNamespace(chunks=[(4, 1)], sampled_rows=1, seconds=s) for s in (1.0, 2.0, 5.0)]
+    found = step_error(FittedCost((2.0, 0.0, 0.0, 0.0, 0.0)), notes)
+    assert found == pytest.approx({"total_error_percent": -25.0, "median_error_percent": 0.0})
+
+
+def test_both_sides_are_given_the_same_requests() -> None:
+    from fidelity_requests import SHAPES, Listed, make_requests
+
+    for shape in SHAPES:
+        requests = make_requests(shape, 30, 5.0, 1024, range(100), seed=1)
+        assert requests == make_requests(shape, 30, 5.0, 1024, range(100), seed=1)
+        source = Listed(requests).start()
+        for timed in requests:
+            assert source.next_time() == timed.arrival
+            sim = source.pop()
+            assert (sim.prompt_token_ids(), sim.output_len) == (timed.prompt, timed.output_len)
+            assert sim.token_id >= 100 and timed.output_len >= 2
+        assert source.next_time() == float("inf")
+        assert requests[-1].arrival == pytest.approx(29 / 5)
+        assert len(requests[0].prompt) + requests[0].output_len <= 1024
+    shared = make_requests(SHAPES[2], 30, None, 1024, range(100), seed=1)
+    assert len({tuple(timed.prompt[:256]) for timed in shared}) == 4 and {timed.arrival for timed in shared} == {0.0}
+
+
+def test_a_small_pool_holds_any_request_but_not_a_full_batch() -> None:
+    from fidelity_requests import SHAPES, small_pool
+
+    from mini_vllm.simulator.options import SimulationOptions
+
+    shape = SHAPES[3]
+    assert small_pool(shape, SimulationOptions(max_num_seqs=1), 1024) == 65
+    # a third of 64 x ((16 + 256) / 2 + (96 + 256) / 2) tokens, and the null block
+    assert small_pool(shape, SimulationOptions(max_num_seqs=64), 1024) == 417
+
+
+def test_requests_are_added_when_due_and_served_to_their_end() -> None:
+    from fidelity_requests import Listed, Timed
+    from simulator_fidelity import engine_of, options_of, serve
+
+    from mini_vllm.simulator.cost import TwoConstantCost
+    from mini_vllm.simulator.driver import simulate
+
+    requests = [Timed(0.0, [5] * 20, 4), Timed(0.0, [6] * 9, 3), Timed(0.15, [5] * 20, 4)]
+    args = argparse.Namespace(model=None, threads=1, max_num_seqs=4, max_model_len=64)
+    with engine_of(args, 40) as engine:
+        options = options_of(engine)
+        assert (options.num_gpu_blocks, options.max_model_len, options.max_num_seqs) == (40, 64, 4)
+        for _ in range(2):  # the second finds nothing of the first
+            real = serve(engine, requests)
+            assert [t.num_output_tokens for t in real.timelines] == [4, 3, 4]
+            assert all(t.ttft > 0 for t in real.timelines)
+            assert real.duration >= 0.15 and all(note.seconds > 0 for note in real.notes)
+            metrics = real.metrics()
+            simulated = simulate(options, Listed(requests), TwoConstantCost(1e-3, 0.0)).metrics()
+            for name in ("completed", "total_input_tokens", "total_output_tokens"):
+                assert metrics[name] == simulated[name]
+            assert real.prefix_cache_hits == 16
+            assert real.timelines[2].arrival - real.timelines[0].arrival == pytest.approx(0.15)
+
+
+@pytest.mark.slow
+def test_quick_run_compares_every_workload_and_names_no_path_of_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "fidelity.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "simulator_fidelity.py"), "--quick", "--output", str(path)],
+        capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(path.read_text())
+    rows = {row["name"]: row for row in report["workloads"]}
+    assert len(rows) == 11 and "mixed, load 1.3" in rows
+    assert report["calibration"]["quality"]["num_steps"] > 30
+    for row in rows.values():
+        assert all(found["real"] > 0 and found["simulated"] > 0 for found in row["compared"].values())
+        assert all(run["completed"] == row["num_requests"] == row["simulated"]["completed"] for run in row["runs"])
+    assert rows["small pool, at once"]["runs"][0]["num_preemptions"] > 0
+    assert rows["small pool, at once"]["simulated"]["num_preemptions"] > 0
+    assert rows["shared prefixes, at once"]["simulated"]["prefix_cache_hits"] > 0
+    assert str(BENCHMARKS.parent) not in path.read_text() and str(tmp_path) not in path.read_text()
