@@ -98,6 +98,7 @@ class NativeAttentionImpl:
         self._layer = _Layer()
         self._reference = ctypes.addressof(self._layer)
         self._cache_address = 0
+        self._cache_shape = torch.Size()
         self._values_offset = 0
         self._dense = (head_size, 1)
 
@@ -112,7 +113,7 @@ class NativeAttentionImpl:
     ) -> None:
         """See `AttentionImpl.forward`."""
         keys = kv_cache.data_ptr()
-        if keys != self._cache_address:
+        if keys != self._cache_address or kv_cache.shape != self._cache_shape:  # another may lie where one was freed
             self._meet_cache(kv_cache, query.dtype)
         query, key, value = self._with_dense_heads(query), self._with_dense_heads(key), self._with_dense_heads(value)
         status = self._kernel(
@@ -138,7 +139,7 @@ class NativeAttentionImpl:
         )
         layer.window, layer.scale, layer.softcap = self.sliding_window or 0, self.scale, self.logit_softcap or 0.0
         self._values_offset = kv_cache.stride(0) * kv_cache.element_size()
-        self._cache_address = kv_cache.data_ptr()
+        self._cache_address, self._cache_shape = kv_cache.data_ptr(), kv_cache.shape
 
     def _with_dense_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Heads of a token side by side, tokens at any stride."""

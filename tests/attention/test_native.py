@@ -62,6 +62,22 @@ def test_without_causality_every_token_of_the_sequence_is_seen(window):
     assert PagedCase(replace(case, window=None), NativeBackend).error(narrow) > 1e-2
 
 
+def test_a_cache_of_another_shape_where_one_was_freed_is_read_by_its_own_shape(monkeypatch):
+    place = torch.empty(1 << 16)
+
+    def cache_in_place(self):
+        cache = build_cache(self)
+        there = place[: cache.numel()].view(cache.shape)
+        there.copy_(cache)
+        return there
+
+    build_cache = PagedCase.cache
+    monkeypatch.setattr(PagedCase, "cache", cache_in_place)
+    impl = make_impl(Case(), NativeBackend)
+    for block_size in (8, 3, 16):
+        assert PagedCase(Case(block_size=block_size), NativeBackend).error(impl) < 1e-5
+
+
 def test_padding_rows_of_the_output_are_zero():
     output = PagedCase(Case(padding=3), NativeBackend).paged()
     assert output[-3:].eq(0).all()
