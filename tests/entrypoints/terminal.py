@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,15 @@ class Terminal:
         while self._read(deadline - time.monotonic()):
             pass
         return self.process.wait(timeout)
+
+    def interrupt(self, shows: str) -> None:
+        """Ctrl-C at the prompt until `shows` appears: one that comes before readline waits is seen at the next key."""
+        for _ in range(30):
+            self.type(CTRL_C)
+            with suppress(AssertionError):
+                self.expect(shows, timeout=1)
+                return
+        raise AssertionError(f"Ctrl-C did not show {shows!r}")
 
     def _read(self, timeout: float) -> bool:
         if not select.select([self._master], [], [], max(timeout, 0))[0]:

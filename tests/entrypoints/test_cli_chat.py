@@ -179,8 +179,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat_and_the_server_is_told() -> No
         contents = [message["content"] for message in server.bodies[-1]["messages"]]
         assert contents[0] == "count" and contents[2] == "again" and contents[3].startswith("tok0 tok1")
         term.expect("> ")
-        term.type(CTRL_C)
-        term.expect("Ctrl-D ends")
+        term.interrupt("Ctrl-D ends")
         term.expect("> ")
         term.type(CTRL_D)
         assert term.ended() == 0
