@@ -51,7 +51,7 @@ class Terminal:
     def interrupt(self, shows: str) -> None:
         """Ctrl-C at the prompt until `shows` appears: one that comes before readline waits is seen at the next key."""
         for _ in range(30):
-            self.type(CTRL_C)
+            self.type("\x03")
             with suppress(AssertionError):
                 self.expect(shows, timeout=1)
                 return
