@@ -172,11 +172,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Where tensors live and how many CPU threads compute; None leaves both to the platform."""
+    """Where tensors live and how many CPU threads compute; None leaves both to the platform.
+
+    enforce_eager: run the model's Python in every step instead of replaying a recording of it.
+    """
 
     device: str = "auto"
     num_threads: int | None = None
     attention_backend: str | None = None
+    enforce_eager: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ neighbours in the batch nor on how its prompt was cut into chunks: it is the sam
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -16,6 +16,7 @@ from mini_vllm.attention.backend import CommonAttentionMetadata
 from mini_vllm.attention.torch_ref import TorchRefBackend
 from mini_vllm.core.interfaces import KVCacheSpec
 from mini_vllm.ops.cpu import library
+from mini_vllm.ops.cpu.kernel import INT64, POINTER, Kernel
 from mini_vllm.ops.cpu.library import DTYPE_CODES
 
 
@@ -45,38 +46,41 @@ class _Batch(ctypes.Structure):
     ]
 
 
-@dataclass
+@dataclass(slots=True)
 class NativeMetadata:
     """The step's batch as the kernel reads it; `common` keeps alive what `batch` points at."""
 
-    common: CommonAttentionMetadata
+    num_tokens: int
     batch: _Batch
     reference: int
     """Address of `batch`."""
+    common: CommonAttentionMetadata | None = None
 
 
 class NativeMetadataBuilder:
-    """Hands on the step's tensors by address."""
+    """Hands on the step's tensors by address, in one structure that stays where it is from step to step."""
 
     def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
-        self.block_size = spec.block_size
+        self.batch = _Batch()
 
     def build(self, common: CommonAttentionMetadata) -> NativeMetadata:
-        batch = _Batch(
-            common.num_actual_tokens,
-            common.num_reqs,
-            common.query_start_loc.data_ptr(),
-            common.seq_lens.data_ptr(),
-            common.block_table.data_ptr(),
-            common.block_table.stride(0),
-            common.slot_mapping.data_ptr(),
-            common.causal,
-        )
-        return NativeMetadata(common, batch, ctypes.addressof(batch))
+        batch = self.batch
+        batch.num_tokens, batch.num_reqs = common.num_actual_tokens, common.num_reqs
+        batch.query_start_loc, batch.seq_lens = common.query_start_loc.data_ptr(), common.seq_lens.data_ptr()
+        batch.block_table, batch.block_table_stride = common.block_table.data_ptr(), common.block_table.stride(0)
+        batch.slot_mapping, batch.causal = common.slot_mapping.data_ptr(), common.causal
+        return NativeMetadata(common.num_actual_tokens, batch, ctypes.addressof(batch), common)
+
+    def record(self, num_tokens: int) -> NativeMetadata:
+        """Metadata to record a forward of `num_tokens` tokens with: replayed, it is that of the latest `build`."""
+        return NativeMetadata(num_tokens, self.batch, ctypes.addressof(self.batch))
 
 
-_POINTER, _STRIDE = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS = [_POINTER, _POINTER, *(_POINTER, _STRIDE) * 3, *(_POINTER,) * 3]
+_KERNEL = Kernel(
+    "mv_attention_rows",
+    layer=POINTER, batch=POINTER, query=POINTER, key=POINTER, value=POINTER, keys=POINTER, values=POINTER,
+    output=POINTER, query_stride=INT64, key_stride=INT64, value_stride=INT64,
+)  # fmt: skip
 
 
 class NativeAttentionImpl:
@@ -94,7 +98,6 @@ class NativeAttentionImpl:
     ) -> None:
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.sliding_window, self.logit_softcap = scale, sliding_window, logit_softcap
-        self._kernel: Any = library.function("mv_paged_attention", _ARGUMENTS, ctypes.c_int)
         self._layer = _Layer()
         self._reference = ctypes.addressof(self._layer)
         self._cache_address = 0
@@ -116,16 +119,13 @@ class NativeAttentionImpl:
         if keys != self._cache_address or kv_cache.shape != self._cache_shape:  # another may lie where one was freed
             self._meet_cache(kv_cache, query.dtype)
         query, key, value = self._with_dense_heads(query), self._with_dense_heads(key), self._with_dense_heads(value)
-        status = self._kernel(
-            self._reference, metadata.reference,
-            query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
-            keys, keys + self._values_offset, output.data_ptr(),
+        _KERNEL(
+            len(output),
+            self._reference, metadata.reference, query.data_ptr(), key.data_ptr(), value.data_ptr(),
+            keys, keys + self._values_offset, output.data_ptr(), query.stride(0), key.stride(0), value.stride(0),
         )  # fmt: skip
-        if status:
-            raise RuntimeError(f"mv_paged_attention refused {query.dtype} with a cache of {kv_cache.dtype}")
-        num_tokens = metadata.common.num_actual_tokens
-        if len(output) > num_tokens:
-            output[num_tokens:].zero_()
+        if len(output) > metadata.num_tokens:
+            output[metadata.num_tokens :].zero_()
 
     def _meet_cache(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> None:
         """Tell the kernel what does not change from step to step."""

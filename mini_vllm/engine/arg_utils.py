@@ -73,7 +73,7 @@ _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     disable_cascade_attn disable_chunked_mm_input disable_custom_all_reduce disable_hybrid_kv_cache_manager
     disable_sliding_window distributed_executor_backend enable_chunked_prefill enable_dbo
     enable_eplb enable_expert_parallel enable_lora enable_mm_embeds enable_prompt_embeds enable_sleep_mode
-    enforce_eager eplb_config fully_sharded_loras hf_config_path hf_overrides hf_token ignore_patterns
+    eplb_config fully_sharded_loras hf_config_path hf_overrides hf_token ignore_patterns
     io_processor_plugin kv_cache_dtype kv_events_config kv_offloading_size kv_sharing_fast_prefill
     kv_transfer_config limit_mm_per_prompt logprobs_mode lora_dtype mamba_block_size
     mamba_cache_dtype mamba_ssm_cache_dtype max_cpu_loras max_long_partial_prefills max_lora_rank
@@ -212,6 +212,10 @@ class EngineArgs:
     device: str = _arg("auto", "device", "auto, cpu or cuda.")
     num_threads: int | None = _arg(None, "device", "CPU threads that compute. Default: the cores this process may use.")
     attention_backend: str | None = _arg(None, "device", "Attention implementation by name. Default: the fastest.")
+    enforce_eager: bool = _arg(
+        False, "device", "Run the model's Python code in every step instead of replaying a recording of it: slower, and "
+        "the same tokens. To look for the cause of a problem.",
+    )  # fmt: skip
 
     disable_log_stats: bool = _arg(False, "logging", "Do not log throughput and cache use while running.")
     step_trace_capacity: int = _arg(
@@ -439,7 +443,7 @@ _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
     "quantization_activation_scales": (str,), "quantization_lm_head": (str,),
     "quantization_skip_layers": (str, tuple, list),
     "trust_remote_code": (bool,), "enable_prefix_caching": (bool,), "disable_log_stats": (bool,),
-    "step_trace_capacity": (int,), "step_trace_detailed": (bool,),
+    "step_trace_capacity": (int,), "step_trace_detailed": (bool,), "enforce_eager": (bool,),
     "block_size": (int,), "num_gpu_blocks_override": (int,), "max_num_batched_tokens": (int,), "max_num_seqs": (int,),
     "long_prefill_token_threshold": (int,), "tensor_parallel_size": (int,), "num_threads": (int,), "seed": (int,),
     "gpu_memory_utilization": (int, float), "max_logprobs": (int,), "logits_processors": (str, tuple, list),

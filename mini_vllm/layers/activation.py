@@ -6,7 +6,18 @@ import torch
 from torch import nn
 
 from mini_vllm.exceptions import UnsupportedModelError
-from mini_vllm.ops.activation import GatedActivation, act_and_mul
+from mini_vllm.ops.activation import Activation, act, act_and_mul
+
+
+class Act(nn.Module):
+    """An activation of every number, [N, d] -> [N, d]."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return act(x, self.activation)
 
 
 class SiluAndMul(nn.Module):
@@ -24,24 +35,20 @@ class GeluAndMul(nn.Module):
 
     def __init__(self, approximate: str) -> None:
         super().__init__()
-        self.activation: GatedActivation = "gelu_tanh" if approximate == "tanh" else "gelu"
+        self.activation: Activation = "gelu_tanh" if approximate == "tanh" else "gelu"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return act_and_mul(x, self.activation)
 
 
-def _gelu_tanh() -> nn.Module:
-    return nn.GELU(approximate="tanh")
-
-
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_new": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": lambda: Act("relu"),
+    "silu": lambda: Act("silu"),
+    "swish": lambda: Act("silu"),
+    "gelu": lambda: Act("gelu"),
+    "gelu_new": lambda: Act("gelu_tanh"),
+    "gelu_fast": lambda: Act("gelu_tanh"),
+    "gelu_pytorch_tanh": lambda: Act("gelu_tanh"),
 }
 _GATED_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": SiluAndMul,

@@ -10,6 +10,7 @@ from torch import nn
 from mini_vllm.attention.context import get_forward_context
 from mini_vllm.attention.selector import get_attn_backend
 from mini_vllm.core.interfaces import KVCacheSpec
+from mini_vllm.ops.cpu.kernel import empty_like
 
 
 class Attention(nn.Module):
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         """query [N, Hq * D], key and value [N, Hkv * D] -> [N, Hq * D]."""
         context = get_forward_context()
         query = query.view(-1, self.num_heads, self.head_size)
-        output = query.new_empty(query.shape)
+        output = empty_like(query)
         self.impl.forward(
             query,
             key.view(-1, self.num_kv_heads, self.head_size),

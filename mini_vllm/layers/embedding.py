@@ -8,12 +8,12 @@ that ranks hold equal parts and kernels see round numbers. Padding rows are zero
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mini_vllm.distributed.parallel_state import get_tp_group
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.layers.linear import LoadedWeight, check_shape
+from mini_vllm.ops.lookup import lookup
 from mini_vllm.quantization.base import QuantizationConfig, QuantizeMethodBase, set_weight_attrs
 from mini_vllm.quantization.unquantized import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 
@@ -58,13 +58,17 @@ class VocabParallelEmbedding(nn.Module):
         return UnquantizedEmbeddingMethod()
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.look_up(token_ids)
+
+    def look_up(self, token_ids: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """[N] -> [N, embedding_dim], times a factor of the table's type."""
         method = self.quant_method
         assert isinstance(method, UnquantizedEmbeddingMethod)
         if self.tp_group.world_size == 1:
-            return method.embedding(self, token_ids)
+            return method.embedding(self, token_ids, scale)
         local = token_ids - self.vocab_start
         elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
-        rows = method.embedding(self, local.masked_fill(elsewhere, 0))
+        rows = method.embedding(self, local.masked_fill(elsewhere, 0), scale)
         return self.tp_group.all_reduce(rows.masked_fill(elsewhere[:, None], 0))
 
     def weight_loader(
@@ -118,7 +122,7 @@ class LearnedPositionEmbedding(nn.Module):
         set_weight_attrs(self.weight, {"weight_loader": self.weight_loader, "shard_ids": (None,)})
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return F.embedding(positions + self.offset, self.weight)
+        return lookup(positions, self.weight, offset=self.offset)
 
     def weight_loader(
         self, param: nn.Parameter, tensor: LoadedWeight, shard_id: Hashable = None, expert_id: int | None = None

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from mini_vllm.layers.embedding import ParallelLMHead
+from mini_vllm.ops.lookup import as_logits
 
 
 class LogitsProcessor(nn.Module):
@@ -19,5 +20,4 @@ class LogitsProcessor(nn.Module):
     def forward(self, lm_head: ParallelLMHead, hidden: torch.Tensor) -> torch.Tensor:
         logits = lm_head.quant_method.apply(lm_head, hidden)
         logits = lm_head.tp_group.all_gather(logits)
-        logits = logits[:, : lm_head.org_vocab_size].to(torch.float32)
-        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return as_logits(logits[:, : lm_head.org_vocab_size], self.soft_cap)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mini_vllm.layers.linear import LoadedWeight, check_shape
-from mini_vllm.ops.norm import rms_norm
+from mini_vllm.ops.norm import layer_norm, rms_norm
 from mini_vllm.quantization.base import set_weight_attrs
 
 
@@ -62,9 +62,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """x, residual [N, hidden] -> (norm(x + residual), x + residual); without a residual the sum is x itself."""
-        if residual is not None:
-            x = x + residual
-        return F.layer_norm(x, (self.hidden_size,), self.weight, self.bias, self.eps), x
+        return layer_norm(x, residual, self.weight, self.bias, self.eps)
 
     def weight_loader(
         self, param: nn.Parameter, tensor: LoadedWeight, shard_id: object = None, expert_id: int | None = None

@@ -12,7 +12,7 @@ from torch import nn
 from mini_vllm.exceptions import CheckpointError
 from mini_vllm.hf_config import RopeConfig
 from mini_vllm.layers.rope_scaling import rope_frequencies
-from mini_vllm.ops.rotary import apply_rotary
+from mini_vllm.ops.rotary import apply_rotary, rotary_angles
 
 __all__ = ["RotaryEmbedding", "apply_rotary"]
 
@@ -36,8 +36,5 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [N] -> (cos, sin), each [N, 1, rotary_dim] float32; the first half of sin is negated."""
-        angles = positions.to(torch.float32)[:, None] * self.inv_freq
-        cos, sin = angles.cos(), angles.sin()
-        if self.attention_factor != 1:  # on queries and on keys, so that scores carry its square
-            cos, sin = cos * self.attention_factor, sin * self.attention_factor
-        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        # The factor is on queries and on keys, so that scores carry its square.
+        return rotary_angles(positions, self.inv_freq, self.attention_factor)

@@ -40,7 +40,7 @@ class ScaledEmbedding(VocabParallelEmbedding):
         self.scale = torch.tensor(embedding_dim**0.5, dtype=dtype, device="cpu").item()
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(token_ids) * self.scale
+        return self.look_up(token_ids, self.scale)
 
 
 class Gemma2DecoderLayer(LlamaDecoderLayer):

@@ -1,14 +1,18 @@
-"""Root-mean-square normalisation with the residual sum before it: one native pass, or torch's operators."""
-
-import ctypes
-import functools
-from typing import Any
+"""Normalisation with the residual sum before it: one native pass, or torch's operators."""
 
 import torch
 import torch.nn.functional as F
 
-from mini_vllm.ops.cpu import library
+from mini_vllm.ops.cpu.kernel import FLOAT, INT64, POINTER, Kernel, empty
 from mini_vllm.ops.cpu.library import DTYPE_CODES
+
+_FIELDS = {"sum_out": POINTER, "out": POINTER, "x_stride": INT64, "residual_stride": INT64, "width": INT64}
+_RMS_NORM = Kernel(
+    "mv_rms_norm", x=POINTER, residual=POINTER, weight=POINTER, **_FIELDS, dtype=INT64, weight_dtype=INT64, eps=FLOAT
+)
+_LAYER_NORM = Kernel(
+    "mv_layer_norm", x=POINTER, residual=POINTER, weight=POINTER, bias=POINTER, **_FIELDS, dtype=INT64, eps=FLOAT
+)
 
 
 def rms_norm(
@@ -18,22 +22,14 @@ def rms_norm(
 
     `weight` [hidden] is of x's type, or float32: then everything up to the last rounding is.
     """
-    kernel = _kernel() if x.is_cpu else None
-    code = DTYPE_CODES.get(x.dtype)
-    if kernel is None or code is None:
+    if not _RMS_NORM.serves(x):
         return rms_norm_reference(x, residual, weight, eps)
-    width = x.shape[-1]
-    x, stride = _rows(x)
-    total, residual_address, residual_stride = x, None, 0
-    if residual is not None:
-        residual, residual_stride = _rows(residual)
-        total, residual_address = torch.empty(x.shape, dtype=x.dtype), residual.data_ptr()
-    out = torch.empty(x.shape, dtype=x.dtype)
-    status = kernel(
-        x.data_ptr(), stride, residual_address, residual_stride, weight.data_ptr(), eps,
-        x.numel() // width, width, total.data_ptr(), out.data_ptr(), code, DTYPE_CODES[weight.dtype],
+    x, total, out, (residual_address, *sizes) = _places(x, residual)
+    _RMS_NORM(
+        x.numel() // x.shape[-1],
+        x.data_ptr(), residual_address, weight.data_ptr(), total.data_ptr(), out.data_ptr(), *sizes,
+        DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], eps,
     )  # fmt: skip
-    assert not status
     return out, total
 
 
@@ -48,19 +44,45 @@ def rms_norm_reference(
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype), x
 
 
+def layer_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rms_norm`, with the mean taken away first and `bias` [hidden] added last; all of one type."""
+    if not _LAYER_NORM.serves(x):
+        return layer_norm_reference(x, residual, weight, bias, eps)
+    x, total, out, (residual_address, *sizes) = _places(x, residual)
+    _LAYER_NORM(
+        x.numel() // x.shape[-1],
+        x.data_ptr(), residual_address, weight.data_ptr(), None if bias is None else bias.data_ptr(),
+        total.data_ptr(), out.data_ptr(), *sizes, DTYPE_CODES[x.dtype], eps,
+    )  # fmt: skip
+    return out, total
+
+
+def layer_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `layer_norm` computes, in torch."""
+    if residual is not None:
+        x = x + residual
+    return F.layer_norm(x, weight.shape, weight, bias, eps), x
+
+
+def _places(
+    x: torch.Tensor, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int | None, int, int, int]]:
+    """(x, where the sum goes, where the norm goes, (address of residual, strides of x and of it, width))."""
+    x, stride = _rows(x)
+    width = x.shape[-1]
+    out = empty(x.shape, x.dtype)
+    if residual is None:
+        return x, x, out, (None, stride, 0, width)
+    residual, residual_stride = _rows(residual)
+    return x, empty(x.shape, x.dtype), out, (residual.data_ptr(), stride, residual_stride, width)
+
+
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(x, elements from row to row), copied only if its rows do not lie at one stride."""
     if x.dim() == 2 and x.stride(1) == 1:
         return x, x.stride(0)
     return x.contiguous(), x.shape[-1]
-
-
-@functools.cache
-def _kernel() -> Any:
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    return library.function(
-        "mv_rms_norm",
-        [pointer, integer, pointer, integer, pointer, ctypes.c_float, integer, integer, pointer, pointer]
-        + [ctypes.c_int] * 2,
-        ctypes.c_int,
-    )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mini_vllm.ops import linear as ops
+from mini_vllm.ops.lookup import lookup
 from mini_vllm.quantization.base import QuantizeMethodBase, set_weight_attrs
 
 
@@ -51,7 +52,7 @@ class UnquantizedEmbeddingMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         return
 
-    def embedding(self, layer: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids [N] -> [N, hidden]."""
+    def embedding(self, layer: nn.Module, token_ids: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """token_ids [N] -> [N, hidden], times `scale`."""
         stored: Any = layer
-        return F.embedding(token_ids, stored.weight)
+        return lookup(token_ids, stored.weight, scale=scale)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mini_vllm.attention.backend import AttentionBackend, MetadataBuilder
+from mini_vllm.attention.backend import AttentionBackend, AttentionMetadata, MetadataBuilder
 from mini_vllm.attention.context import ForwardContext, set_forward_context
 from mini_vllm.config import EngineConfig
 from mini_vllm.core.interfaces import KVCacheConfig, KVCacheGroup, KVCacheSpec
@@ -30,6 +30,7 @@ from mini_vllm.ops.cpu import library as native
 from mini_vllm.platforms import select_platform
 from mini_vllm.sampling.logits_processor import load_logits_processors
 from mini_vllm.sampling.sampler import Sampler
+from mini_vllm.worker.captured_step import CapturedStep, StepBuffers, capture
 from mini_vllm.worker.input_batch import InputBatch
 from mini_vllm.worker.kv_cache import activation_bytes, allocate_kv_caches, gib
 from mini_vllm.worker.prepare_inputs import InputPreparer, StepInputs
@@ -66,6 +67,7 @@ class ModelRunner:
         self._preparer: InputPreparer
         self._groups: list[tuple[KVCacheGroup, type[AttentionBackend], MetadataBuilder]] = []
         self._pending: PendingStep | None = None
+        self.captured: CapturedStep | None = None
 
     # -- start-up --------------------------------------------------------------------------------------------
 
@@ -123,6 +125,21 @@ class ModelRunner:
         self.batch = InputBatch(scheduler.max_num_seqs, max_model_len, block_sizes, self.platform)
         self._preparer = InputPreparer(self.batch, scheduler.max_num_batched_tokens, self.platform)
         self.sampling = self._sampling_stage()
+        self.captured = self._capture()
+
+    @torch.inference_mode()
+    def _capture(self) -> CapturedStep | None:
+        """The step recorded, where every layer's attention can be and nobody asked for eager execution."""
+        builders = [builder for _, _, builder in self._groups]
+        if self.config.device.enforce_eager or not all(hasattr(builder, "record") for builder in builders):
+            return None
+
+        def metadata(num_tokens: int) -> dict[str, Any]:
+            return self._for_layers(builder.record(num_tokens) for builder in builders)  # type: ignore[attr-defined]
+
+        preparer = self._preparer
+        buffers = StepBuffers(preparer.input_ids.tensor, preparer.positions.tensor, preparer.logits_indices.tensor)
+        return capture(self.model, metadata, self.kv_caches, buffers, self.config.scheduler.max_num_seqs)
 
     def _sampling_stage(self) -> SamplingStage:
         model = self.config.model
@@ -134,6 +151,7 @@ class ModelRunner:
         """Give back weights and KV cache, however long somebody keeps this object; it cannot be used afterwards."""
         if hasattr(self, "model"):
             release_weights(self.model)
+        self.captured = None
         self.kv_caches.clear()
 
     # -- a step ----------------------------------------------------------------------------------------------
@@ -152,9 +170,7 @@ class ModelRunner:
             self.platform.synchronize()  # nobody else waits, and the next step writes the input buffers
             nothing: list[list[int]] = [[] for _ in inputs.req_ids]
             return ModelRunnerOutput(inputs.req_ids, nothing, prompt_logprobs=prompt_logprobs)
-        if inputs.logits_indices is not None:
-            hidden = hidden.index_select(0, inputs.logits_indices)
-        self._pending = PendingStep(inputs, self._logits(hidden), plan.forks, prompt_logprobs)
+        self._pending = PendingStep(inputs, self._sampled_logits(inputs, hidden), plan.forks, prompt_logprobs)
         return None
 
     @torch.inference_mode()
@@ -172,16 +188,36 @@ class ModelRunner:
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states `[N, hidden]` of the step's tokens; their keys and values are in the cache afterwards."""
-        attn_metadata = {}
-        for (group, _, builder), common in zip(self._groups, inputs.attention, strict=True):
-            attn_metadata.update(dict.fromkeys(group.layer_names, builder.build(common)))
-        with set_forward_context(ForwardContext(attn_metadata, self.kv_caches)):
-            hidden: torch.Tensor = self.model(inputs.input_ids, inputs.positions)
-        return hidden
+        built = [builder.build(common) for (_, _, builder), common in zip(self._groups, inputs.attention, strict=True)]
+        if self.captured is not None:
+            hidden = self.captured.forward(len(inputs.input_ids))
+            if hidden is not None:
+                return hidden
+        with set_forward_context(ForwardContext(self._for_layers(built), self.kv_caches)):
+            computed: torch.Tensor = self.model(inputs.input_ids, inputs.positions)
+        return computed
+
+    def _for_layers(self, metadata: Iterable[AttentionMetadata]) -> dict[str, AttentionMetadata]:
+        """Each group's metadata under the names of its layers."""
+        found: dict[str, AttentionMetadata] = {}
+        for (group, _, _), of_group in zip(self._groups, metadata, strict=True):
+            found.update(dict.fromkeys(group.layer_names, of_group))
+        return found
+
+    def _sampled_logits(self, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the rows that sample."""
+        if self.captured is not None:
+            logits = self.captured.logits(hidden, inputs.total_num_logits)
+            if logits is not None:
+                return self._without_unknown(logits)
+        return self._logits(hidden if inputs.samples_all else hidden.index_select(0, inputs.logits_indices))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden rows; ids that the tokenizer does not know can never be sampled."""
-        logits: torch.Tensor = self.model.compute_logits(hidden)  # type: ignore[operator]
+        """Logits of hidden rows."""
+        return self._without_unknown(self.model.compute_logits(hidden))  # type: ignore[operator]
+
+    def _without_unknown(self, logits: torch.Tensor) -> torch.Tensor:
+        """Ids that the tokenizer does not know can never be sampled."""
         known = self.config.model.tokenizer_vocab_size
         if known is not None and known < logits.shape[1]:
             logits[:, known:] = -torch.inf

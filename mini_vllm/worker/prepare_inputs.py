@@ -29,7 +29,8 @@ class StepInputs:
     attention: one `CommonAttentionMetadata` per KV cache group.
     num_samples: how many of the requests sample.
     num_logits: `[R]` how many of a request's last tokens need logits: 0 in the middle of a prompt, 1 when it samples.
-    logits_indices: `[sum(num_logits)]` which tokens those are; None when it is every token of the step.
+    logits_indices: `[sum(num_logits)]` int64, which tokens those are.
+    samples_all: whether that is every token of the step.
     sampling_rows: the rows of the requests that sample, in the order of their logits.
     """
 
@@ -40,8 +41,13 @@ class StepInputs:
     attention: list[CommonAttentionMetadata]
     num_samples: int
     num_logits: Int64
-    logits_indices: torch.Tensor | None
+    logits_indices: torch.Tensor
+    samples_all: bool
     sampling_rows: Rows
+
+    @property
+    def total_num_logits(self) -> int:
+        return len(self.logits_indices)
 
 
 def last_token_indices(query_start_loc: Int64, num_logits: Int64) -> Int64:
@@ -93,7 +99,8 @@ class InputPreparer:
             attention=self._attention(rows, token_rows, positions, query_start_loc, query_lens, seq_lens),
             num_samples=num_samples,
             num_logits=num_logits,
-            logits_indices=None if num_samples == num_tokens else self._logits_indices(query_start_loc, num_logits),
+            logits_indices=self._logits_indices(query_start_loc, num_logits, num_samples == num_tokens),
+            samples_all=num_samples == num_tokens,
             sampling_rows=rows if num_samples == num_reqs else self._row_numbers(rows, num_reqs)[num_logits > 0],
         )
 
@@ -124,8 +131,8 @@ class InputPreparer:
         positions = self._counting[:num_tokens] + np.repeat(computed - query_start_loc[:-1], query_lens)
         return query_start_loc, token_rows, positions
 
-    def _logits_indices(self, query_start_loc: Int64, num_logits: Int64) -> torch.Tensor:
-        indices = last_token_indices(query_start_loc, num_logits)
+    def _logits_indices(self, query_start_loc: Int64, num_logits: Int64, all_tokens: bool) -> torch.Tensor:
+        indices = self._counting[: len(num_logits)] if all_tokens else last_token_indices(query_start_loc, num_logits)
         self.logits_indices.np[: len(indices)] = indices
         return self.logits_indices.upload(len(indices))
 

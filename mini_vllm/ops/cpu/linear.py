@@ -13,10 +13,15 @@ from typing import Any, Literal
 import torch
 
 from mini_vllm.ops.cpu import library
+from mini_vllm.ops.cpu.kernel import INT64, POINTER, Kernel, empty
 
 WeightType = Literal["int8", "int4"]
 ActivationType = Literal["none", "token", "group"]
 
+_LINEAR = Kernel(
+    "mv_linear_rows",
+    linear=POINTER, x=POINTER, y=POINTER, x_stride=INT64, y_stride=INT64, x_dtype=INT64, y_dtype=INT64,
+)  # fmt: skip
 PANEL = 32
 """Output channels side by side in memory."""
 _KINDS = {"int8": 1, "int4": 2, "bf16": 3}
@@ -158,7 +163,7 @@ def _call(struct: _Linear, x: torch.Tensor, bias: torch.Tensor | None, output_si
     if x.stride(-1) != 1:
         x = x.contiguous()
     rows = len(x)
-    output = torch.empty((rows, output_size), dtype=x.dtype)
+    output = empty((rows, output_size), x.dtype)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if bias is None:
@@ -167,11 +172,9 @@ def _call(struct: _Linear, x: torch.Tensor, bias: torch.Tensor | None, output_si
         struct.bias, struct.bias_dtype = bias.data_ptr(), library.DTYPE_CODES[bias.dtype]
     code = library.DTYPE_CODES[x.dtype]
     # The stride of a single row is arbitrary, and never used.
-    failed = _kernels().linear(
-        ctypes.byref(struct), x.data_ptr(), x.stride(0), code, output.data_ptr(), output_size, code, rows
-    )
-    if failed:
-        raise RuntimeError(f"no kernel for this linear layer and {x.dtype} activations")
+    _LINEAR(
+        rows, ctypes.addressof(struct), x.data_ptr(), output.data_ptr(), x.stride(0), output_size, code, code
+    )  # fmt: skip
     return output
 
 
@@ -181,9 +184,6 @@ class _Kernels:
     def __init__(self) -> None:
         pointer, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         weight = [pointer, number, wide, wide, wide, wide]
-        self.linear: Any = library.function(
-            "mv_linear", [pointer, pointer, wide, number, pointer, wide, number, wide], number
-        )
         self.pack_int8: Any = library.function("mv_pack_int8", [*weight, pointer, pointer], number)
         self.pack_int4: Any = library.function("mv_pack_int4", [*weight, wide, number, pointer], number)
         self.advise_huge_pages: Any = library.function("mv_advise_huge_pages", [pointer, wide])

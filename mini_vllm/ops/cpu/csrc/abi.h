@@ -7,5 +7,5 @@
 
 namespace mv {
 enum DType { kF32 = 0, kBF16 = 1, kF16 = 2 };
-enum Result { kOk = 0, kUnsupported = 1 };
+enum Result { kOk = 0, kUnsupported = 1, kOutOfRange = 2 };
 }  // namespace mv

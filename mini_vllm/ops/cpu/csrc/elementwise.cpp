@@ -1,30 +1,15 @@
-// Row-by-row kernels between the matrix products: RMS norm with the residual sum, rotary embedding, gated activations,
-// argmax. Rows lie at a stride given in elements, their elements side by side; results are dense and the caller's.
+// Row-by-row kernels between the matrix products: norms with the residual sum, rotary embedding, activations, argmax.
+// Rows lie at a stride given in elements, their elements side by side; results are dense and the caller's.
 // Arithmetic is float32; a number is rounded to its type when it is stored, once. Rows are independent, so the split
 // over threads changes nothing; small batches stay on the calling thread.
 #include <algorithm>
 #include <cmath>
 
 #include "abi.h"
-#include "pool.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace mv {
 namespace {
-
-constexpr int64_t kElementsPerItem = 16 * 1024;
-
-inline int64_t rows_per_item(int64_t width) { return std::max<int64_t>(1, kElementsPerItem / std::max<int64_t>(width, 1)); }
-
-template <class Fn>
-int with_dtype(int dtype, const Fn& fn) {
-  switch (dtype) {
-    case kF32: fn(static_cast<float*>(nullptr)); return kOk;
-    case kBF16: fn(static_cast<bf16*>(nullptr)); return kOk;
-    case kF16: fn(static_cast<f16*>(nullptr)); return kOk;
-    default: return kUnsupported;
-  }
-}
 
 // sum = x + residual (rounded; x itself without a residual), then out = sum / rms(sum) * weight
 template <class T, class W>
@@ -42,6 +27,34 @@ void norm_row(const T* x, const T* residual, const W* weight, float eps, int64_t
   const T* from = residual != nullptr ? sum_out : x;
   for (int64_t i = 0; i < width; i += kLanes)
     store_some(out + i, load_some(from + i, width - i) * scale * load_some(weight + i, width - i), width - i);
+}
+
+// sum = x + residual (rounded), then out = (sum - mean) / deviation * weight + bias, in two passes over the row
+template <class T>
+void layer_norm_row(const T* x, const T* residual, const T* weight, const T* bias, float eps, int64_t width, T* sum_out,
+                    T* out) {
+  F32 total = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    F32 v = load_some(x + i, width - i);
+    if (residual != nullptr) {
+      v = rounded_to(x, v + load_some(residual + i, width - i));
+      store_some(sum_out + i, v, width - i);
+    }
+    total += v;
+  }
+  const T* from = residual != nullptr ? sum_out : x;
+  F32 mean = splat(sum(total) / float(width)), squares = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    F32 off = load_some(from + i, width - i) - mean;
+    if (width - i < kLanes) off = lane_numbers() < int32_t(width - i) ? off : F32{};
+    squares += off * off;
+  }
+  F32 scale = splat(1.0f / std::sqrt(sum(squares) / float(width) + eps));
+  for (int64_t i = 0; i < width; i += kLanes) {
+    int64_t n = width - i;
+    F32 v = (load_some(from + i, n) - mean) * scale * load_some(weight + i, n);
+    store_some(out + i, bias == nullptr ? v : v + load_some(bias + i, n), n);
+  }
 }
 
 // The first `rotary_dim` dimensions of a head: dimension i with dimension i + half. sin's first half is negated.
@@ -63,12 +76,40 @@ MV_INLINE F32 gelu_tanh(F32 x) {
   return 0.5f * x * (1.0f + tanh(inner));
 }
 
+MV_INLINE F32 relu(F32 x) { return x < 0.0f ? F32{} : x; }  // a NaN stays one
+// x * Phi(x), with the error function after Abramowitz and Stegun 7.1.26 (within 1.5e-7)
+MV_INLINE F32 gelu(F32 x) {
+  F32 z = max(x, -x) * 0.70710678118654752f, t = 1.0f / (1.0f + 0.3275911f * z);
+  F32 tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  F32 erf = 1.0f - tail * exp(-z * z);
+  return 0.5f * x * (1.0f + select(x < 0.0f, -erf, erf));
+}
+
+enum Activation { kSilu = 0, kGeluTanh = 1, kGelu = 2, kRelu = 3 };
+
+// Calls fn with the activation as a function of vectors.
+template <class Fn>
+bool with_activation(int activation, const Fn& fn) {
+  switch (activation) {
+    case kSilu: fn([](F32 x) { return silu(x); }); return true;
+    case kGeluTanh: fn([](F32 x) { return gelu_tanh(x); }); return true;
+    case kGelu: fn([](F32 x) { return gelu(x); }); return true;
+    case kRelu: fn([](F32 x) { return relu(x); }); return true;
+    default: return false;
+  }
+}
+
 template <class T, class Activation>
 void gate_row(const T* x, int64_t width, T* out, Activation activation) {
   for (int64_t i = 0; i < width; i += kLanes) {
     int64_t n = width - i;
     store_some(out + i, activation(load_some(x + i, n)) * load_some(x + width + i, n), n);
   }
+}
+
+template <class T, class Activation>
+void activate_row(const T* x, int64_t width, T* out, Activation activation) {
+  for (int64_t i = 0; i < width; i += kLanes) store_some(out + i, activation(load_some(x + i, width - i)), width - i);
 }
 
 // The highest of a row and where it first is. A NaN counts as higher than everything.
@@ -109,64 +150,115 @@ Best find_best(const float* row, int64_t width) {
 using namespace mv;
 
 // x, residual [rows, width]; weight [width]; sum_out (with a residual only) and out dense.
-MV_API int mv_rms_norm(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-                       const void* weight, float eps, int64_t rows, int64_t width, void* sum_out, void* out, int dtype,
-                       int weight_dtype) {
-  if (weight_dtype != dtype && weight_dtype != kF32) return kUnsupported;
-  return with_dtype(dtype, [&](auto* type) {
+struct RMSNormArgs {
+  const void *x, *residual, *weight;
+  void *sum_out, *out;
+  int64_t x_stride, residual_stride, width, dtype, weight_dtype;
+  double eps;
+};
+
+MV_API int mv_rms_norm(const RMSNormArgs* a, int64_t rows) {
+  if (a->weight_dtype != a->dtype && a->weight_dtype != kF32) return kUnsupported;
+  return with_dtype(a->dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    parallel_ranges(rows, rows_per_item(width), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        auto* from = static_cast<const T*>(x) + r * x_stride;
-        auto* other = residual == nullptr ? nullptr : static_cast<const T*>(residual) + r * residual_stride;
-        T *total = static_cast<T*>(sum_out) + r * width, *to = static_cast<T*>(out) + r * width;
-        if (weight_dtype == dtype) norm_row(from, other, static_cast<const T*>(weight), eps, width, total, to);
-        else norm_row(from, other, static_cast<const float*>(weight), eps, width, total, to);
-      }
+    for_rows(rows, a->width, [&](int64_t r) {
+      auto* from = static_cast<const T*>(a->x) + r * a->x_stride;
+      auto* other = a->residual == nullptr ? nullptr : static_cast<const T*>(a->residual) + r * a->residual_stride;
+      T *total = static_cast<T*>(a->sum_out) + r * a->width, *to = static_cast<T*>(a->out) + r * a->width;
+      float eps = float(a->eps);
+      if (a->weight_dtype == a->dtype) norm_row(from, other, static_cast<const T*>(a->weight), eps, a->width, total, to);
+      else norm_row(from, other, static_cast<const float*>(a->weight), eps, a->width, total, to);
+    });
+  });
+}
+
+// As RMSNormArgs; weight, and bias unless it is null, of x's type.
+struct LayerNormArgs {
+  const void *x, *residual, *weight, *bias;
+  void *sum_out, *out;
+  int64_t x_stride, residual_stride, width, dtype;
+  double eps;
+};
+
+MV_API int mv_layer_norm(const LayerNormArgs* a, int64_t rows) {
+  return with_dtype(a->dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_rows(rows, a->width, [&](int64_t r) {
+      auto* from = static_cast<const T*>(a->x) + r * a->x_stride;
+      auto* other = a->residual == nullptr ? nullptr : static_cast<const T*>(a->residual) + r * a->residual_stride;
+      layer_norm_row(from, other, static_cast<const T*>(a->weight), static_cast<const T*>(a->bias), float(a->eps),
+                     a->width, static_cast<T*>(a->sum_out) + r * a->width, static_cast<T*>(a->out) + r * a->width);
     });
   });
 }
 
 // x [tokens, heads, head_size] with strides of tokens and heads; cosines, sines [tokens, rotary_dim] float32.
-MV_API int mv_rotary(const void* x, int64_t token_stride, int64_t head_stride, const float* cosines,
-                     const float* sines, int64_t tokens, int64_t heads, int64_t head_size, int64_t rotary_dim,
-                     void* out, int dtype) {
-  return with_dtype(dtype, [&](auto* type) {
+struct RotaryArgs {
+  const void* x;
+  const float *cosines, *sines;
+  void* out;
+  int64_t token_stride, head_stride, heads, head_size, rotary_dim, dtype;
+};
+
+MV_API int mv_rotary(const RotaryArgs* a, int64_t tokens) {
+  return with_dtype(a->dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    parallel_ranges(tokens, rows_per_item(heads * head_size), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t h = 0; h < heads; ++h)
-          turn_head(static_cast<const T*>(x) + t * token_stride + h * head_stride, cosines + t * rotary_dim,
-                    sines + t * rotary_dim, rotary_dim, head_size,
-                    static_cast<T*>(out) + (t * heads + h) * head_size);
+    for_rows(tokens, a->heads * a->head_size, [&](int64_t t) {
+      for (int64_t h = 0; h < a->heads; ++h)
+        turn_head(static_cast<const T*>(a->x) + t * a->token_stride + h * a->head_stride, a->cosines + t * a->rotary_dim,
+                  a->sines + t * a->rotary_dim, a->rotary_dim, a->head_size,
+                  static_cast<T*>(a->out) + (t * a->heads + h) * a->head_size);
     });
   });
 }
 
-// x [rows, 2 width], gate before value; out [rows, width]. activation: 0 silu, 1 gelu by tanh.
-MV_API int mv_act_and_mul(const void* x, int64_t x_stride, int64_t rows, int64_t width, void* out, int activation,
-                          int dtype) {
-  return with_dtype(dtype, [&](auto* type) {
+// x [rows, 2 width], gate before value; out [rows, width].
+struct ActivationArgs {
+  const void* x;
+  void* out;
+  int64_t x_stride, width, activation, dtype;
+};
+
+MV_API int mv_act_and_mul(const ActivationArgs* a, int64_t rows) {
+  bool known = with_activation(int(a->activation), [](auto) {});
+  if (!known) return kUnsupported;
+  return with_dtype(a->dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    parallel_ranges(rows, rows_per_item(width), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        auto* from = static_cast<const T*>(x) + r * x_stride;
-        T* to = static_cast<T*>(out) + r * width;
-        if (activation == 0) gate_row(from, width, to, silu);
-        else gate_row(from, width, to, gelu_tanh);
-      }
+    with_activation(int(a->activation), [&](auto activation) {
+      for_rows(rows, a->width, [&](int64_t r) {
+        gate_row(static_cast<const T*>(a->x) + r * a->x_stride, a->width, static_cast<T*>(a->out) + r * a->width, activation);
+      });
+    });
+  });
+}
+
+// x, out [rows, width].
+MV_API int mv_activation(const ActivationArgs* a, int64_t rows) {
+  bool known = with_activation(int(a->activation), [](auto) {});
+  if (!known) return kUnsupported;
+  return with_dtype(a->dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    with_activation(int(a->activation), [&](auto activation) {
+      for_rows(rows, a->width, [&](int64_t r) {
+        activate_row(static_cast<const T*>(a->x) + r * a->x_stride, a->width, static_cast<T*>(a->out) + r * a->width, activation);
+      });
     });
   });
 }
 
 // x [rows, width] float32; the highest of each row and the first index it has.
-MV_API int mv_argmax(const float* x, int64_t x_stride, int64_t rows, int64_t width, float* best, int64_t* index) {
-  parallel_ranges(rows, rows_per_item(width), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      Best found = find_best(x + r * x_stride, width);
-      best[r] = found.value;
-      index[r] = found.index;
-    }
+struct ArgmaxArgs {
+  const float* x;
+  float* best;
+  int64_t* index;
+  int64_t x_stride, width;
+};
+
+MV_API int mv_argmax(const ArgmaxArgs* a, int64_t rows) {
+  for_rows(rows, a->width, [&](int64_t r) {
+    Best found = find_best(a->x + r * a->x_stride, a->width);
+    a->best[r] = found.value;
+    a->index[r] = found.index;
   });
   return kOk;
 }

@@ -94,3 +94,6 @@ MV_INLINE void with_height(int height, Fn&& fn) {
 }
 
 }  // namespace mv::gemm
+
+MV_API int mv_linear(const mv::gemm::Linear* linear, const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy,
+                     int y_dtype, int64_t count);
