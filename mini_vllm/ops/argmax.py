@@ -21,6 +21,13 @@ def argmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best, index
 
 
+def finite_argmax(x: torch.Tensor) -> torch.Tensor:
+    """As `argmax`, only the index, -1 where the highest is no finite number. `has_native_argmax(x)` must hold."""
+    index = empty((len(x),), torch.int64)
+    _ARGMAX(len(x), x.data_ptr(), None, index.data_ptr(), x.stride(0), x.shape[1])
+    return index
+
+
 def argmax_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What `argmax` computes, in torch."""
     index = x.argmax(dim=1)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mini_vllm.ops.argmax import argmax, has_native_argmax
+from mini_vllm.ops.argmax import argmax, finite_argmax, has_native_argmax
 from mini_vllm.sampling import inversion, truncation
 from mini_vllm.sampling.metadata import SamplingMetadata
 from mini_vllm.sampling.truncation import Limits
@@ -69,6 +69,8 @@ class Sampler:
         """
         if metadata.edit is not None:
             logits = metadata.edit(logits)
+        if metadata.all_greedy and metadata.logits_row is None and has_native_argmax(logits):
+            return finite_argmax(logits)  # NO_TOKEN is -1 as well
         rows = find_best(logits, for_draws=not metadata.all_greedy)
         ids, best = rows.best_ids, rows.best
         if metadata.logits_row is not None:

@@ -1,15 +1,16 @@
-"""Native norm, rotary, gated activation and argmax against torch, over shapes, strides and types; poisoned tails."""
+"""Native norms, rotary, activations, look-ups, logits and argmax against torch, over shapes, strides and types; poisoned tails."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_vllm.ops.activation import act_and_mul, act_and_mul_reference
-from mini_vllm.ops.argmax import argmax, argmax_reference
+from mini_vllm.ops.activation import act, act_and_mul, act_and_mul_reference, act_reference
+from mini_vllm.ops.argmax import argmax, argmax_reference, finite_argmax
 from mini_vllm.ops.cpu import library
-from mini_vllm.ops.norm import rms_norm, rms_norm_reference
-from mini_vllm.ops.rotary import apply_rotary, apply_rotary_reference
+from mini_vllm.ops.lookup import as_logits, as_logits_reference, lookup, lookup_reference
+from mini_vllm.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
+from mini_vllm.ops.rotary import apply_rotary, apply_rotary_reference, rotary_angles, rotary_angles_reference
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no native kernels here")
 
@@ -50,6 +51,67 @@ def test_rms_norm_of_heads_and_of_a_strided_view():
     assert_near(rms_norm(heads, None, weight, 1e-5)[0], rms_norm_reference(heads, None, weight, 1e-5)[0])
 
 
+@given(rows=st.integers(0, 40), width=st.integers(1, 700), dtype=DTYPES, with_bias=st.booleans(),
+       with_residual=st.booleans(), padding=st.sampled_from([0, 3]), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_layer_norm(rows, width, dtype, with_bias, with_residual, padding, seed):
+    x = noise(rows, width, dtype=dtype, seed=seed, padding=padding) + 3
+    residual = noise(rows, width, dtype=dtype, seed=seed + 1, padding=padding) if with_residual else None
+    weight = noise(width, dtype=dtype, seed=seed + 2)
+    bias = noise(width, dtype=dtype, seed=seed + 3) if with_bias else None
+    (actual, total), (expected, sum_expected) = (
+        f(x, residual, weight, bias, 1e-5) for f in (layer_norm, layer_norm_reference)
+    )
+    assert_near(actual, expected)
+    assert torch.equal(total, sum_expected)
+
+
+@given(positions=st.lists(st.integers(0, 131071), max_size=20), half=st.integers(1, 64), factor=st.sampled_from([1.0, 1.2]))
+@settings(max_examples=60)
+def test_rotary_angles(positions, half, factor):
+    inv_freq = 10000.0 ** (-torch.arange(half) / half)
+    at = torch.tensor(positions, dtype=torch.int64)
+    for actual, expected in zip(
+        rotary_angles(at, inv_freq, factor), rotary_angles_reference(at, inv_freq, factor), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=3e-7)
+
+
+@given(ids=st.lists(st.integers(0, 10), max_size=60), width=st.integers(1, 700), dtype=DTYPES, wide=st.booleans(),
+       scale=st.sampled_from([1.0, 0.5, 24.0]), offset=st.sampled_from([0, 2]), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_looked_up_rows(ids, width, dtype, wide, scale, offset, seed):
+    table = noise(13, width, dtype=dtype, seed=seed)
+    numbers = torch.tensor(ids, dtype=torch.int64 if wide else torch.int32)
+    actual, expected = (f(numbers, table, scale=scale, offset=offset) for f in (lookup, lookup_reference))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("row", "offset"), [(-1, 0), (13, 0), (12, 1), (2**31 - 1, 2)])
+def test_a_row_that_the_table_does_not_have_is_refused(row, offset):
+    with pytest.raises(IndexError):
+        lookup(torch.tensor([0, row]), torch.zeros(13, 4), offset=offset)
+
+
+@given(rows=st.integers(0, 9), width=st.integers(1, 500), dtype=DTYPES, padding=st.sampled_from([0, 3]),
+       cap=st.sampled_from([None, 30.0]), scale=st.sampled_from([1.0, 50.0]), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_logits(rows, width, dtype, padding, cap, scale, seed):
+    x = noise(rows, width, dtype=dtype, seed=seed, padding=padding) * scale
+    actual, expected = as_logits(x, cap), as_logits_reference(x, cap)
+    assert actual.dtype is torch.float32
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6 * scale)
+
+
+@given(rows=st.integers(0, 40), width=st.integers(1, 500), dtype=DTYPES, padding=st.sampled_from([0, 3]),
+       activation=st.sampled_from(["silu", "gelu_tanh", "gelu", "relu"]), scale=st.sampled_from([1.0, 20.0]),
+       seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_activations(rows, width, dtype, padding, activation, scale, seed):
+    x = noise(rows, width, dtype=dtype, seed=seed, padding=padding) * scale
+    assert_near(act(x, activation), act_reference(x, activation))
+
+
 @given(tokens=st.integers(0, 30), heads=st.integers(1, 5), half=st.integers(1, 40), rest=st.sampled_from([0, 0, 6]),
        dtype=DTYPES, padding=st.sampled_from([0, 4]), seed=st.integers(0, 99))  # fmt: skip
 @settings(max_examples=60)
@@ -87,6 +149,11 @@ def test_argmax_takes_the_first_of_the_highest_and_nan_before_all(rows, width, v
     (best, index), (best_expected, index_expected) = argmax(x), argmax_reference(x)
     assert torch.equal(index, index_expected)
     torch.testing.assert_close(best, best_expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_finite_highest_there_is_no_token():
+    x = torch.tensor([[1.0, 3.0, 2.0], [-torch.inf] * 3, [0.0, torch.inf, 1.0], [0.0, torch.nan, 1.0]])
+    assert finite_argmax(x).tolist() == [1, -1, -1, -1]
 
 
 def test_argmax_of_a_row_without_an_allowed_token_is_the_first():

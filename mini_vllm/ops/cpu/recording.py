@@ -174,7 +174,8 @@ class Recording(TorchFunctionMode):
         placed = [x if self.is_of_step(x) else self._place(func, x) for x in results]
         self._close_stretch()
         self.pieces.append(TorchCall(func, args, kwargs, placed, self))
-        return placed[0] if isinstance(found, torch.Tensor) or not placed else type(found)(placed)
+        left = iter(placed)
+        return tree_map(lambda leaf: next(left) if isinstance(leaf, torch.Tensor) else leaf, found)
 
     def _count_break(self) -> None:
         self.num_breaks += 1

@@ -246,7 +246,8 @@ MV_API int mv_activation(const ActivationArgs* a, int64_t rows) {
   });
 }
 
-// x [rows, width] float32; the highest of each row and the first index it has.
+// x [rows, width] float32; the highest of each row and the first index it has. Without `best` the index is -1 where the
+// highest is no finite number.
 struct ArgmaxArgs {
   const float* x;
   float* best;
@@ -257,8 +258,8 @@ struct ArgmaxArgs {
 MV_API int mv_argmax(const ArgmaxArgs* a, int64_t rows) {
   for_rows(rows, a->width, [&](int64_t r) {
     Best found = find_best(a->x + r * a->x_stride, a->width);
-    a->best[r] = found.value;
-    a->index[r] = found.index;
+    a->index[r] = a->best != nullptr || std::isfinite(found.value) ? found.index : -1;
+    if (a->best != nullptr) a->best[r] = found.value;
   });
   return kOk;
 }
