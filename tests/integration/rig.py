@@ -106,8 +106,12 @@ class Rig:
         shuffle: int | None = None,
         policy: SchedulingPolicy = "fcfs",
         preemption_policy: PreemptionPolicy = "latest",
+        enforce_eager: bool = False,
     ) -> EngineCore:
-        """An engine in float32 whose pool has `num_blocks` blocks; `shuffle` seeds a random physical order."""
+        """An engine in float32 whose pool has `num_blocks` blocks; `shuffle` seeds a random physical order.
+
+        enforce_eager: for tests that change the model once the engine is there.
+        """
         max_model_len = min(self.max_model_len, (num_blocks - 1) * block_size)
         scheduling = SchedulerConfig(
             max_num_batched_tokens=budget,
@@ -122,7 +126,12 @@ class Rig:
             model=ModelConfig(str(self.folder), self._hf_config, "float32", max_model_len),
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=caching, num_gpu_blocks_override=num_blocks),
             scheduler=scheduling,
-            device=DeviceConfig(device="cpu", num_threads=1, attention_backend=self.attention_backend),
+            device=DeviceConfig(
+                device="cpu",
+                num_threads=1,
+                attention_backend=self.attention_backend,
+                enforce_eager=enforce_eager,
+            ),
         )
         executor = UniProcExecutor(config)
         kv = KVCacheManager(num_blocks, block_size, enable_caching=caching, same_step_sharing=same_step_sharing)

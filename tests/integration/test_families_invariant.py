@@ -105,7 +105,7 @@ def test_control_a_layer_that_mixes_up_its_neighbours_is_seen(
 ) -> None:
     """Attention of the last layer reads the first one's cache."""
     rig, reference = served(name)
-    engine = rig.engine()
+    engine = rig.engine(enforce_eager=True)
     caches = engine.executor.runner.kv_caches  # type: ignore[attr-defined]
     first, *_, last = caches
     forward = Attention.forward

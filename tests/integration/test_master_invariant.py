@@ -312,7 +312,7 @@ def patch_builder(patch: pytest.MonkeyPatch, builder_cls: Any, change: Callable[
 def test_the_check_sees_chunks_computed_at_wrong_positions(
     rig: Rig, reference: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = rig.engine(budget=2048, threshold=16, caching=False)
+    engine = rig.engine(budget=2048, threshold=16, caching=False, enforce_eager=True)
     patch_forward(monkeypatch, engine, lambda positions, step: positions % 16 if step == 1 else positions)
     outcome = run(engine, JOBS)
     assert outcome.tokens != reference
@@ -430,7 +430,7 @@ def tokens_or_crash(engine: EngineCore) -> list[list[int]] | None:
 def test_the_check_sees_logits_that_belong_to_a_neighbour(
     rig: Rig, reference: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = rig.engine()
+    engine = rig.engine(enforce_eager=True)
     model = engine.executor.runner.model  # type: ignore[attr-defined]
     compute = model.compute_logits
     monkeypatch.setattr(model, "compute_logits", lambda hidden, *args: compute(hidden, *args).flip(0))

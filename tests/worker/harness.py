@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from mini_vllm.config import CacheConfig, DeviceConfig, EngineConfig, LoadConfig, ModelConfig, SchedulerConfig
+from mini_vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    EngineConfig,
+    LoadConfig,
+    ModelConfig,
+    QuantizationOptions,
+    SchedulerConfig,
+)
 from mini_vllm.core.interfaces import KVCacheConfig
 from mini_vllm.core.scheduler_output import BlockCopy, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from mini_vllm.hf_config import HFConfig
@@ -26,17 +34,21 @@ def engine_config(
     max_num_seqs: int = 8,
     tokenizer_vocab_size: int | None = None,
     device: str = "cpu",
+    enforce_eager: bool = False,
+    dtype: str = "float32",
+    quantization: QuantizationOptions | None = None,
     **cache: Any,
 ) -> EngineConfig:
-    """Float32, one CPU thread."""
+    """One CPU thread."""
     return EngineConfig(
         ModelConfig(
-            str(folder), HFConfig.from_folder(folder), "float32", None, tokenizer_vocab_size=tokenizer_vocab_size
-        ),
+            str(folder), HFConfig.from_folder(folder), dtype, None,
+            tokenizer_vocab_size=tokenizer_vocab_size, quantization=quantization,
+        ),  # fmt: skip
         cache=CacheConfig(block_size=block_size, **cache),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=128),
         load=LoadConfig(use_tqdm=False),
-        device=DeviceConfig(device=device, num_threads=1),
+        device=DeviceConfig(device=device, num_threads=1, enforce_eager=enforce_eager),
     )
 
 

@@ -250,7 +250,7 @@ def test_a_missing_block_copy_shows(folder: Path) -> None:
 
 
 def test_logits_are_computed_for_the_rows_that_sample_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = make_runner(folder)
+    runner = make_runner(folder, enforce_eager=True)
     heights = []
     compute = runner.model.compute_logits
     monkeypatch.setattr(runner.model, "compute_logits", lambda h: heights.append(len(h)) or compute(h))
@@ -282,7 +282,7 @@ def test_ids_the_tokenizer_does_not_know_are_never_sampled(folder: Path) -> None
 
 
 def test_a_row_with_nothing_allowed_fails_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = make_runner(folder)
+    runner = make_runner(folder, enforce_eager=True)
     hand = Hand(runner)
     ids = [hand.add(req_id, PROMPTS[req_id]) for req_id in "abc"]
     hand.generate(ids, 2)
@@ -305,7 +305,7 @@ def test_a_row_with_nothing_allowed_fails_alone(folder: Path, monkeypatch: pytes
 
 
 def test_a_plan_with_only_departures_runs_no_forward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hand = Hand(make_runner(folder))
+    hand = Hand(make_runner(folder, enforce_eager=True))
     hand.generate([hand.add("a", PROMPTS["a"])], 2)
     monkeypatch.setattr(hand.runner.model, "forward", lambda *args: pytest.fail("ran"))
     output = hand.runner.execute_model(SchedulerOutput(finished_req_ids=["a"]))
@@ -315,7 +315,7 @@ def test_a_plan_with_only_departures_runs_no_forward(folder: Path, monkeypatch: 
 
 
 def test_after_a_failed_forward_the_runner_serves_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hand = Hand(make_runner(folder))
+    hand = Hand(make_runner(folder, enforce_eager=True))
     hand.generate([hand.add("a", PROMPTS["a"])], 2)
 
     def fail(*args: object) -> None:

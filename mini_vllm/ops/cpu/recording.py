@@ -190,6 +190,8 @@ class Recording(TorchFunctionMode):
 
     def is_of_step(self, x: torch.Tensor) -> bool:
         """Whether a tensor lies where the step's inputs or results do."""
+        if x.layout is not torch.strided:
+            return False  # a packed weight, whose memory is nobody's business
         address = x.data_ptr()
         return any(start <= address < end for start, end in self._inputs) or self.arena.holds(address)
 
