@@ -20,7 +20,7 @@ _ROTARY = Kernel(
 
 def rotary_angles(positions: torch.Tensor, inv_freq: torch.Tensor, factor: float) -> CosSin:
     """positions [N] int64, inv_freq [rotary_dim / 2] float32 -> cosines and sines of position * frequency, times
-    `factor`, each [N, 1, rotary_dim] float32; each half is the same, but that the first half of the sines is negated."""
+    `factor`, each [N, 1, rotary_dim] float32; both halves are the same, but the first half of the sines is negated."""
     if not _ANGLES.serves(inv_freq) or positions.dtype is not torch.int64 or not positions.is_contiguous():
         return rotary_angles_reference(positions, inv_freq, factor)
     tokens, half = len(positions), len(inv_freq)

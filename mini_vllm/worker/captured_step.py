@@ -20,6 +20,7 @@ from mini_vllm.worker.kv_cache import gib
 
 logger = init_logger(__name__)
 
+
 @dataclass(frozen=True)
 class Program:
     """A recording of up to `max_rows` rows, and where its result lies."""

@@ -1,4 +1,4 @@
-"""Native norms, rotary, activations, look-ups, logits and argmax against torch, over shapes, strides and types; poisoned tails."""
+"""Native kernels over rows against torch, over shapes, strides and types; poisoned tails."""
 
 import pytest
 import torch
@@ -66,7 +66,9 @@ def test_layer_norm(rows, width, dtype, with_bias, with_residual, padding, seed)
     assert torch.equal(total, sum_expected)
 
 
-@given(positions=st.lists(st.integers(0, 131071), max_size=20), half=st.integers(1, 64), factor=st.sampled_from([1.0, 1.2]))
+@given(
+    positions=st.lists(st.integers(0, 131071), max_size=20), half=st.integers(1, 64), factor=st.sampled_from([1.0, 1.2])
+)
 @settings(max_examples=60)
 def test_rotary_angles(positions, half, factor):
     inv_freq = 10000.0 ** (-torch.arange(half) / half)

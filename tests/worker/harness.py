@@ -42,9 +42,13 @@ def engine_config(
     """One CPU thread."""
     return EngineConfig(
         ModelConfig(
-            str(folder), HFConfig.from_folder(folder), dtype, None,
-            tokenizer_vocab_size=tokenizer_vocab_size, quantization=quantization,
-        ),  # fmt: skip
+            str(folder),
+            HFConfig.from_folder(folder),
+            dtype,
+            None,
+            tokenizer_vocab_size=tokenizer_vocab_size,
+            quantization=quantization,
+        ),
         cache=CacheConfig(block_size=block_size, **cache),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=128),
         load=LoadConfig(use_tqdm=False),

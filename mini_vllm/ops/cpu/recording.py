@@ -29,7 +29,9 @@ ALIGNMENT = 64
 MIN_KERNELS_PER_BREAK = 4
 FEW_BREAKS = 8
 """So many operators of torch are always allowed; more only with `MIN_KERNELS_PER_BREAK` kernels to each."""
-_DECISIONS = frozenset("item tolist numpy nonzero __bool__ __int__ __float__ __index__ __contains__ equal allclose".split())
+_DECISIONS = frozenset(
+    "item tolist numpy nonzero is_nonzero __bool__ __int__ __float__ __index__ __contains__ equal allclose".split()
+)
 
 
 class CannotRecord(Exception):
@@ -87,7 +89,7 @@ class NativeStretch:
         self.names = [kernel.name for kernel, _, _ in calls]
         self._keep = [args for _, args, _ in calls]
         self._calls = (_Call * len(calls))(
-            *((ctypes.cast(k.function, ctypes.c_void_p).value, ctypes.addressof(args), n) for k, args, n in calls)
+            *(_Call(ctypes.cast(k.function, ctypes.c_void_p), ctypes.addressof(args), n) for k, args, n in calls)
         )
         self._address = ctypes.addressof(self._calls)
         self._run = library.function("mv_run_program", [ctypes.c_void_p] + [ctypes.c_int64] * 2, ctypes.c_int64)
