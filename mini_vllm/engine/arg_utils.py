@@ -213,8 +213,8 @@ class EngineArgs:
     num_threads: int | None = _arg(None, "device", "CPU threads that compute. Default: the cores this process may use.")
     attention_backend: str | None = _arg(None, "device", "Attention implementation by name. Default: the fastest.")
     enforce_eager: bool = _arg(
-        False, "device", "Run the model's Python code in every step instead of replaying a recording of it: slower, same "
-        "tokens. To look for the cause of a problem.",
+        False, "device", "Run the model's Python code in every step instead of replaying a recording of it: slower. "
+        "To look for the cause of a problem.",
     )  # fmt: skip
 
     disable_log_stats: bool = _arg(False, "logging", "Do not log throughput and cache use while running.")
