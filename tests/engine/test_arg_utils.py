@@ -58,7 +58,7 @@ def test_an_argument_like_no_other_is_refused_with_all_valid_ones() -> None:
         EngineArgs.from_kwargs(zzzzqqqq=1)
 
 
-_ABSENT = ["enforce_eager", "kv_cache_dtype", "enable_lora", "speculative_config", "hf_overrides"]
+_ABSENT = ["cpu_offload_gb", "kv_cache_dtype", "enable_lora", "speculative_config", "hf_overrides"]
 
 
 @pytest.mark.parametrize("name", _ABSENT)
