@@ -205,7 +205,7 @@ def _onednn_layout_is_known() -> bool:
 
     The kernel relies on that, and it is nobody's promise.
     """
-    if library.loaded_isa() != "avx512":
+    if library.loaded_isa() != "avx512_bf16":
         return False
     try:
         for output_size, input_size in ((192, 256), (200, 104)):
