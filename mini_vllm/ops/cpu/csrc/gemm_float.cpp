@@ -131,20 +131,16 @@ MV_TILE void widen_stretch(const Weights& weights, int64_t first, int64_t size, 
     }
 }
 
-// next: what to fetch into the second-level cache meanwhile, a line for each k; or null.
-template <int R>
+// next: what to fetch into the second-level cache meanwhile, a line for each k.
+template <int R, bool Fetch>
 MV_TILE void widened_tile(const float* w, const float* x, int64_t size, Sums sums, const uint8_t* next) {
   F32 acc[R][kWords];
   load_sums<R>(acc, sums);
-  auto one = [&](int64_t k) {
+  for (int64_t k = 0; k < size; k++, w += kUnit) {
+    if (Fetch) prefetch_l2(next + k * 64);
     F32 words[kWords];
-    MV_UNROLL for (int v = 0; v < kWords; v++) words[v] = fload(w + k * kUnit + v * kPanel);
+    MV_UNROLL for (int v = 0; v < kWords; v++) words[v] = fload(w + v * kPanel);
     step<R>(acc, words, x + k);
-  };
-  if (next != nullptr) {
-    for (int64_t k = 0; k < size; k++) prefetch_l2(next + k * 64), one(k);
-  } else {
-    for (int64_t k = 0; k < size; k++) one(k);
   }
   store_sums<R>(acc, sums);
 }
@@ -214,7 +210,9 @@ void many_rows_stretch(const Call& call, const Block& block, int64_t unit, int64
       int64_t row = tiling.start(t);
       const float* x = call.stretch(k) + (block.first_row + row) * kStretch;
       const uint8_t* next = fetch ? after.lines(next_k, t) : nullptr;
-      widened_tile<height()>(block.widened, x, size, Sums{sums + row * kUnit, k == 0}, next);
+      Sums waiting{sums + row * kUnit, k == 0};
+      if (next != nullptr) widened_tile<height(), true>(block.widened, x, size, waiting, next);
+      else widened_tile<height(), false>(block.widened, x, size, waiting, nullptr);
     });
 }
 

@@ -32,25 +32,29 @@ struct Panel {
 // What a panel's bytes are: two weights of 4 bits, one weight of 4 bits, or one of 8.
 enum Form { kPacked, kNibbles, kWhole };
 
+// One quad of weights with R rows, whose activations are at x.
 template <int R>
-MV_INLINE void sum_nibbles(I32 (&acc)[R], Form form, const uint8_t* w, const int8_t* x, int64_t group) {
-  for (int64_t k = 0; k < group; k += 32, x += 32 * R, w += form == kPacked ? 4 * kQuadBytes : 8 * kQuadBytes) {
+MV_INLINE void add_quad(I32 (&acc)[R], Halves (&sums)[R], const Bytes& bytes, const int8_t* x) {
+  MV_UNROLL for (int r = 0; r < R; r++) {
+    if constexpr (kNibbleSums) nibble_dot(sums[r], bytes, x + r * 4);
+    else dot(acc[r], bytes, make_quad(reinterpret_cast<const Act*>(x + r * 4)));
+  }
+}
+
+template <int R, Form F>
+MV_INLINE void sum_nibbles(I32 (&acc)[R], const uint8_t* w, const int8_t* x, int64_t group) {
+  for (int64_t k = 0; k < group; k += 32, x += 32 * R, w += F == kPacked ? 4 * kQuadBytes : 8 * kQuadBytes) {
     Halves sums[R];
     MV_UNROLL for (int r = 0; r < R; r++) sums[r] = no_nibbles();
-    auto add = [&](const Bytes& bytes, int quad) {
-      MV_UNROLL for (int r = 0; r < R; r++) {
-        if constexpr (kNibbleSums) nibble_dot(sums[r], bytes, x + (quad * R + r) * 4);
-        else dot(acc[r], bytes, make_quad(reinterpret_cast<const Act*>(x + (quad * R + r) * 4)));
-      }
-    };
-    if (form == kPacked) {
+    if constexpr (F == kPacked) {
       MV_UNROLL for (int j = 0; j < 4; j++) {
         Bytes both = load_bytes(w + j * kQuadBytes);
-        add(low_nibbles(both), j);
-        add(high_nibbles(both), j + 4);
+        add_quad<R>(acc, sums, low_nibbles(both), x + j * R * 4);
+        add_quad<R>(acc, sums, high_nibbles(both), x + (j + 4) * R * 4);
       }
     } else {
-      MV_UNROLL for (int j = 0; j < kMostNibbleDots; j++) add(load_bytes(w + j * kQuadBytes), j);
+      MV_UNROLL for (int j = 0; j < kMostNibbleDots; j++)
+        add_quad<R>(acc, sums, load_bytes(w + j * kQuadBytes), x + j * R * 4);
     }
     if constexpr (kNibbleSums) MV_UNROLL for (int r = 0; r < R; r++) add_nibbles(acc[r], sums[r]);
   }
@@ -78,7 +82,7 @@ MV_TILE void group_tile(const Call& call, const Panel& panel, int64_t row) {
     I32 acc[R];
     MV_UNROLL for (int r = 0; r < R; r++) acc[r] = isplat(offset * x.sums[(row + r) * x.groups + g]);
     if constexpr (F == kWhole) sum_bytes<R>(acc, w, values, linear.group);
-    else sum_nibbles<R>(acc, F, w, values, linear.group);
+    else sum_nibbles<R, F>(acc, w, values, linear.group);
     F32 scale = header == nullptr ? fsplat(1.f) : load_f16(header);
     MV_UNROLL for (int r = 0; r < R; r++) {
       // Both cases round alike for every R: only the number of rows at once differs.
