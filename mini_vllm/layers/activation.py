@@ -7,6 +7,7 @@ from torch import nn
 
 from mini_vllm.exceptions import UnsupportedModelError
 from mini_vllm.ops.activation import GatedActivation, act_and_mul
+from mini_vllm.ops.batch_invariance import is_batch_invariant
 
 
 class SiluAndMul(nn.Module):
@@ -30,14 +31,33 @@ class GeluAndMul(nn.Module):
         return act_and_mul(x, self.activation)
 
 
+class _RowwiseActivation(nn.Module):
+    """A plain activation through the gated kernel, beside ones.
+
+    torch's own are vectors and, at the ends of whatever parts a batch is cut into, single numbers that differ in the
+    last bit.
+    """
+
+    def __init__(self, activation: GatedActivation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return act_and_mul(torch.cat((x, torch.ones_like(x)), -1), self.activation)
+
+
 def _gelu_tanh() -> nn.Module:
-    return nn.GELU(approximate="tanh")
+    return _RowwiseActivation("gelu_tanh") if is_batch_invariant() else nn.GELU(approximate="tanh")
+
+
+def _silu() -> nn.Module:
+    return _RowwiseActivation("silu") if is_batch_invariant() else nn.SiLU()
 
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
+    "silu": _silu,
+    "swish": _silu,
     "gelu": nn.GELU,
     "gelu_new": _gelu_tanh,
     "gelu_fast": _gelu_tanh,

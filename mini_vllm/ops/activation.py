@@ -32,7 +32,8 @@ def act_and_mul_reference(x: torch.Tensor, activation: GatedActivation) -> torch
     gate, value = x.chunk(2, -1)
     if activation == "silu":
         return F.silu(gate) * value
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * value
+    # Contiguous, for torch takes other paths through views, and rounds otherwise at the ends of these.
+    return F.gelu(gate.contiguous(), approximate="tanh" if activation == "gelu_tanh" else "none") * value
 
 
 @functools.cache
