@@ -134,6 +134,7 @@ class ModelConfig:
     tokenizer_vocab_size: ids above this are masked, since no token stands behind them; None masks nothing.
     quantization: what plain weights become while they load; None leaves them as they are.
     logits_processors: classes (or "module:Class") of `sampling.logits_processor.LogitsProcessor`.
+    batch_invariant: a request's logits must not depend on its neighbours or on how its prompt was cut, to the last bit.
     """
 
     model: str
@@ -146,6 +147,7 @@ class ModelConfig:
     quantization: QuantizationOptions | None = None
     seed: int = 0
     logits_processors: tuple[Any, ...] = ()
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,12 @@ class EngineArgs:
         "Processors of the batch's logits: module:Class, several with commas between (in Python, classes, too).",
     )  # fmt: skip
 
+    batch_invariant: bool = _arg(
+        False, "model",
+        "Give a request the same logits, bit for bit, whatever its neighbours, chunks and prefix hits (as does "
+        "VLLM_BATCH_INVARIANT=1); refused where there are no such kernels.",
+    )  # fmt: skip
+
     load_format: str = _arg(
         "auto", "load",
         "auto takes safetensors from a folder and GGUF from a .gguf file; dummy makes random weights.",
@@ -365,6 +371,7 @@ class EngineArgs:
                 quantization=self.quantization_options(),
                 seed=secrets.randbits(63) if self.seed is None else self.seed,
                 logits_processors=self.logits_processors,
+                batch_invariant=self.batch_invariant or os.environ.get("VLLM_BATCH_INVARIANT") == "1",
             ),
             cache=CacheConfig(**self._fields_of(CacheConfig)),
             scheduler=SchedulerConfig(

@@ -10,6 +10,7 @@ from torch import nn
 from mini_vllm.attention.context import get_forward_context
 from mini_vllm.attention.selector import get_attn_backend
 from mini_vllm.core.interfaces import KVCacheSpec
+from mini_vllm.ops.batch_invariance import is_batch_invariant, require_attention_backend
 from mini_vllm.ops.cpu.kernel import empty_like
 
 
@@ -36,6 +37,8 @@ class Attention(nn.Module):
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.sliding_window, self.prefix = sliding_window, prefix
         self.backend = get_attn_backend(None, head_size, dtype or torch.get_default_dtype())
+        if is_batch_invariant():
+            require_attention_backend(self.backend.name)
         self.impl = self.backend.impl_cls(
             num_heads, head_size, scale, num_kv_heads, sliding_window=sliding_window, logit_softcap=logit_softcap
         )

@@ -22,6 +22,7 @@ from mini_vllm.logger import init_logger
 from mini_vllm.models.finishing import LayerFinisher, release_weights
 from mini_vllm.models.registry import ModelRegistry
 from mini_vllm.models.safetensors_reader import LazyTensor, WeightFiles
+from mini_vllm.ops.batch_invariance import batch_invariance
 from mini_vllm.quantization.base import get_quant_config
 from mini_vllm.weight_files import INDEX_FILE, WEIGHTS_FILE, find_weight_files
 
@@ -43,12 +44,13 @@ def load_model(
     hf_config = model_config.hf_config.with_max_model_len(model_config.max_model_len)
     model_class = ModelRegistry.resolve(hf_config.architectures)
     quant_config = get_quant_config(hf_config.raw, model_config.quantization)
-    with torch.device(device), use_attn_backend(attention_backend):
+    invariant = model_config.batch_invariant
+    with batch_invariance(invariant), torch.device(device), use_attn_backend(attention_backend):
         model = model_class(hf_config, dtype=getattr(torch, model_config.dtype), quant_config=quant_config)
     if quant_config is not None:
         quant_config.check_complete()
     try:
-        with LayerFinisher(model) as finisher:
+        with batch_invariance(invariant), LayerFinisher(model) as finisher:
             start = time.perf_counter()
             source = fill_weights(model, model_config, load_config)
             finisher.finish_rest()

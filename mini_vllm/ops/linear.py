@@ -1,18 +1,39 @@
-"""Matrix products for layers: oneDNN weights packed once, used by every batch size.
+"""Matrix products for layers: weights packed once, used by every batch size.
 
-On a CPU, `F.linear` in bf16 converts the weight's layout in every call; at batch 1 that costs more than the product.
-Packing after loading and calling oneDNN on the packed weight is 2.3 times faster there, and never slower in larger
-batches. In float32 the same call has more overhead than MKL's, and pays only where the weight is large.
+Where there are native kernels and no bfloat16 instructions, the native float kernel multiplies any number of rows; it is
+also what batch invariance takes. Otherwise weights are oneDNN's: on a CPU, `F.linear` in bf16 converts the weight's
+layout in every call, and at batch 1 that costs more than the product. Packing after loading and calling oneDNN on the
+packed weight is 2.3 times faster there, and never slower in larger batches. In float32 the same call has more overhead
+than MKL's, and pays only where the weight is large.
 """
 
 import torch
 
+from mini_vllm.ops.batch_invariance import is_batch_invariant, require_dtype
+from mini_vllm.ops.cpu import library
 from mini_vllm.ops.cpu import linear as kernels
-from mini_vllm.ops.cpu.linear import PackedBF16Linear
+from mini_vllm.ops.cpu.linear import PackedBF16Linear, PackedFloatLinear
 
-FEW_ROWS = PackedBF16Linear.MAX_ROWS
 MIN_FLOAT32_ELEMENTS = 1 << 20
-"""Float32 weights below this stay plain: call overhead outweighs the gain."""
+"""Float32 weights below this stay plain in oneDNN's care: call overhead outweighs the gain."""
+
+
+def native_linear(weight: torch.Tensor) -> PackedFloatLinear | None:
+    """`weight` [output, input] packed for the native kernel, or None where others are faster or there is none."""
+    if is_batch_invariant():
+        require_dtype(weight.dtype)
+        return PackedFloatLinear.pack(weight)  # on every level: its sums have one order
+    if weight.dtype not in library.DTYPE_CODES or not kernels.available() or not _native_is_fastest(weight.dtype):
+        return None
+    return PackedFloatLinear.pack(weight)
+
+
+def _native_is_fastest(dtype: torch.dtype) -> bool:
+    from mini_vllm.platforms import current_platform
+
+    if library.loaded_isa() == "portable":
+        return False
+    return dtype is not torch.bfloat16 or not current_platform.supports_bf16()
 
 
 def prepack(weight: torch.Tensor) -> torch.Tensor | None:
@@ -34,7 +55,7 @@ def _worth_packing(weight: torch.Tensor) -> bool:
 
 
 def few_rows_kernel(packed_weight: torch.Tensor, weight: torch.Tensor) -> PackedBF16Linear | None:
-    """What is faster for up to `FEW_ROWS` rows, on the same packed weight; None where there is no such kernel."""
+    """What is faster for few rows, on the same packed weight; None where there is no such kernel."""
     return PackedBF16Linear.wrap(packed_weight, weight) if kernels.available() else None
 
 

@@ -30,15 +30,21 @@ class UnquantizedLinearMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         stored: Any = layer
-        packed = None if stored.weight is None else ops.prepack(stored.weight)
+        if stored.weight is None:
+            return
+        # Only this layer's reference goes: a tied embedding keeps the plain matrix, everyone else frees it here.
+        kernel = ops.native_linear(stored.weight)
+        if kernel is not None:
+            stored.linear_kernel, stored.packed_weight, stored.weight = kernel, kernel.data, None
+            return
+        packed = ops.prepack(stored.weight)
         if packed is not None:
-            # Only this layer's reference goes: a tied embedding keeps the plain matrix, everyone else frees it here.
             stored.linear_kernel = ops.few_rows_kernel(packed, stored.weight)
             stored.packed_weight, stored.weight = packed, None
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         stored: Any = layer
-        if stored.linear_kernel is not None and len(x) <= ops.FEW_ROWS:
+        if stored.linear_kernel is not None and len(x) <= stored.linear_kernel.MAX_ROWS:
             output: torch.Tensor = stored.linear_kernel(x, bias)
             return output
         if stored.packed_weight is not None:

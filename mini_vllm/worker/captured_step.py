@@ -13,8 +13,8 @@ from torch import nn
 
 from mini_vllm.attention.context import ForwardContext, set_forward_context
 from mini_vllm.logger import init_logger
+from mini_vllm.ops.cpu.linear import PackedBF16Linear
 from mini_vllm.ops.cpu.recording import CannotRecord, Recording, TooManyBreaks, record
-from mini_vllm.ops.linear import FEW_ROWS
 from mini_vllm.ops.lookup import lookup
 from mini_vllm.worker.kv_cache import gib
 
@@ -106,7 +106,7 @@ def capture(
 
 def _first_that_pays(what: str, make: Callable[[int], Program], max_rows: int) -> Program | None:
     """A program for as many rows as it can be, or for the few rows that have kernels of their own."""
-    for rows in dict.fromkeys((max_rows, min(max_rows, FEW_ROWS))):
+    for rows in dict.fromkeys((max_rows, min(max_rows, PackedBF16Linear.MAX_ROWS))):
         try:
             program = _finished(make(rows))
         except CannotRecord as reason:

@@ -16,21 +16,23 @@ native = pytest.mark.skipif(not library.available(), reason="no native kernels h
 
 AVX2 = build.REQUIRED_CPU_FLAGS["avx2"]
 AVX512 = build.REQUIRED_CPU_FLAGS["avx512"]
+AVX512_BF16 = build.REQUIRED_CPU_FLAGS["avx512_bf16"]
 
 
 def test_the_best_level_that_the_processor_runs_is_chosen():
-    assert library.choose_isa("", AVX512 | {"sse2"}) == "avx512"
-    assert library.choose_isa("", AVX512 - {"avx512_bf16"}) == "avx2"
+    assert library.choose_isa("", AVX512_BF16 | {"sse2"}) == "avx512_bf16"
+    assert library.choose_isa("", AVX512_BF16 - {"avx512_bf16"}) == "avx512"
+    assert library.choose_isa("", AVX512 - {"avx512vl"}) == "avx2"
     assert library.choose_isa("", frozenset()) == "portable"
 
 
 def test_a_level_can_be_forced_or_refused_with_the_reason():
     assert library.choose_isa("portable", AVX512) == "portable"
     assert library.choose_isa("off", AVX512) is None
-    with pytest.raises(ConfigError, match="MINI_VLLM_CPU_ISA: 'sse9' is unknown; use one of avx512"):
+    with pytest.raises(ConfigError, match="MINI_VLLM_CPU_ISA: 'sse9' is unknown; use one of avx512_bf16, avx512"):
         library.choose_isa("sse9", AVX512)
-    with pytest.raises(ConfigError, match="cannot run 'avx512', it lacks avx512_bf16"):
-        library.choose_isa("avx512", AVX512 - {"avx512_bf16"})
+    with pytest.raises(ConfigError, match="cannot run 'avx512_bf16', it lacks avx512_bf16"):
+        library.choose_isa("avx512_bf16", AVX512_BF16 - {"avx512_bf16"})
 
 
 def test_a_library_is_named_after_its_sources_and_flags(tmp_path, monkeypatch):

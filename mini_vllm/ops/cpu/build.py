@@ -21,19 +21,21 @@ COMMON_FLAGS = (
     *("-fvisibility=hidden", "-Wall", "-Wno-psabi", "-DNDEBUG"),
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "avx512": (
-        *_AVX2,
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16"),
-        "-mprefer-vector-width=512",
-    ),
+    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512": _AVX512,
     "avx2": _AVX2,
     "portable": (),
 }
-"""Levels from fastest to slowest, and what makes the compiler use them."""
+"""Levels from fastest to slowest, and what makes the compiler use them. Only 'avx512_bf16' has dot products of bytes
+(VNNI) and of bfloat16 numbers."""
+_AVX2_FLAGS = frozenset("avx2 fma f16c".split())
+_AVX512_FLAGS = _AVX2_FLAGS | frozenset("avx512f avx512bw avx512dq avx512vl".split())
 REQUIRED_CPU_FLAGS: dict[str, frozenset[str]] = {
-    "avx512": frozenset("avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx2 fma f16c".split()),
-    "avx2": frozenset("avx2 fma f16c".split()),
+    "avx512_bf16": _AVX512_FLAGS | {"avx512_vnni", "avx512_bf16"},
+    "avx512": _AVX512_FLAGS,
+    "avx2": _AVX2_FLAGS,
     "portable": frozenset(),
 }
 """What /proc/cpuinfo must list for a level to run."""

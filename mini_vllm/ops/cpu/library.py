@@ -2,7 +2,7 @@
 
 `library()` is asked by whoever has a kernel in it, and is None where there is none: then the torch reference does the
 work, and one line in the log says so. The level is the best one that this processor runs. MINI_VLLM_CPU_ISA forces
-one ('avx512', 'avx2', 'portable') or switches native kernels off ('off').
+one ('avx512_bf16', 'avx512', 'avx2', 'portable') or switches native kernels off ('off').
 
 A library that came with the package is taken; otherwise it is compiled, once, into the package's folder or, where that
 cannot be written, into ~/.cache/mini_vllm. Every process has one thread pool in it; processes made by fork() compute

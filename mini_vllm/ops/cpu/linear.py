@@ -7,6 +7,7 @@ are tested against, and what computes where no library could be built.
 
 import ctypes
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ _LINEAR = Kernel(
 )  # fmt: skip
 PANEL = 32
 """Output channels side by side in memory."""
-_KINDS = {"int8": 1, "int4": 2, "bf16": 3}
+WIDE = 64
+"""Output channels side by side of floating-point weights."""
+_KINDS = {"int8": 1, "int4": 2, "bf16": 3, "float": 4}
 _ACTIVATIONS = {"none": 0, "token": 1, "group": 2}
 
 
@@ -75,7 +78,10 @@ class _Linear(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("n", "k", "k_padded", "panel_bytes")),
-        *((name, ctypes.c_int32) for name in ("kind", "group", "asymmetric", "activation", "bias_dtype", "reserved")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("kind", "group", "asymmetric", "activation", "bias_dtype", "weight_dtype")
+        ),
     ]
 
 
@@ -121,6 +127,39 @@ class PackedLinear:
         if failed:
             raise ValueError(f"cannot pack a weight of shape {tuple(weight.shape)} as {format}")
         return cls(data, format, output_size, input_size)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [N, input] -> [N, output] in x's dtype."""
+        return _call(self._struct, x, bias, self.output_size)
+
+
+class PackedFloatLinear:
+    """A weight in float32, bfloat16 or float16, packed for the native kernel that multiplies any number of rows.
+
+    It computes in float32, a channel's sum over the inputs in one order whatever the number of rows.
+    """
+
+    MAX_ROWS = sys.maxsize
+
+    def __init__(self, data: torch.Tensor, output_size: int, input_size: int) -> None:
+        self.data, self.output_size, self.input_size = data, output_size, input_size
+        self._struct = _Linear(
+            packed=data.data_ptr(), n=output_size, k=input_size, k_padded=input_size,
+            panel_bytes=WIDE * input_size * data.element_size(), kind=_KINDS["float"],
+            weight_dtype=library.DTYPE_CODES[data.dtype],
+        )  # fmt: skip
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor) -> "PackedFloatLinear":
+        """Pack `weight` [output, input]; `available()` must be true."""
+        output_size, input_size = weight.shape
+        data = torch.empty(round_up(output_size, WIDE) * input_size, dtype=weight.dtype)
+        _kernels().advise_huge_pages(data.data_ptr(), data.nbytes)
+        source = weight.detach()
+        source = source if source.stride(1) == 1 else source.contiguous()
+        code = library.DTYPE_CODES[source.dtype]
+        _kernels().pack_float(source.data_ptr(), code, output_size, input_size, source.stride(0), data.data_ptr())
+        return cls(data, output_size, input_size)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, input] -> [N, output] in x's dtype."""
@@ -186,6 +225,7 @@ class _Kernels:
         weight = [pointer, number, wide, wide, wide, wide]
         self.pack_int8: Any = library.function("mv_pack_int8", [*weight, pointer, pointer], number)
         self.pack_int4: Any = library.function("mv_pack_int4", [*weight, wide, number, pointer], number)
+        self.pack_float: Any = library.function("mv_pack_float", [*weight[:5], pointer], number)
         self.advise_huge_pages: Any = library.function("mv_advise_huge_pages", [pointer, wide])
 
 
@@ -205,7 +245,7 @@ def _onednn_layout_is_known() -> bool:
 
     The kernel relies on that, and it is nobody's promise.
     """
-    if library.loaded_isa() != "avx512":
+    if library.loaded_isa() != "avx512_bf16":
         return False
     try:
         for output_size, input_size in ((192, 256), (200, 104)):

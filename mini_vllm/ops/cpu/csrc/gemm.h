@@ -1,20 +1,24 @@
 // One linear layer, y = x W^T + bias, as its weights lie in memory, and what every kernel for it is handed.
 //
-// The caller owns all memory; `packed` never changes after packing. Channels are padded to panels of 32, k to `k_padded`
-// (the padding's weights multiply activations of 0). Layouts:
+// The caller owns all memory; `packed` never changes after packing. Channels are padded to panels of 32 (kFloat: 64), k
+// to `k_padded` (the padding's weights multiply activations of 0). Layouts:
 //   kInt8   [panel][k/4][32 channels][4 k] bytes s + 128, then float scales[panels * 32] at `scales`.
 //   kInt4   [panel][group]{ f16 scales[32], f16 minimums[32] if asymmetric,
 //           [k/32][4][32 channels][4 k]: k-quad j of a stretch of 32 in the low nibbles, quad j + 4 in the high ones }
 //           symmetric: w = scale * (q - 8), asymmetric: w = scale * q + minimum.
-//   kBF16   oneDNN's own packing, [64 channels][k/2][64][2], read where it is (see bf16.cpp).
-// Every row of y depends on its own row of x alone, bit for bit, however many rows there are (kBF16 alike).
+//   kFloat  [n/64][k][2][32 channels] of `weight_dtype`; bfloat16 panels have their channels in the order 0 16 1 17 ...
+//   kBF16   oneDNN's own packing, [64 channels][k/2][64][2], read where it is (see gemm_bf16.cpp).
+// Every row of y depends on its own row of x alone, bit for bit, however many rows there are: a sum over k runs in one
+// order whatever the tile.
 #pragma once
+#include <algorithm>
+
 #include "gemm_simd.h"
 #include "pool.h"
 
 namespace mv::gemm {
 
-enum WeightKind { kInt8 = 1, kInt4 = 2, kBF16Packed = 3 };
+enum WeightKind { kInt8 = 1, kInt4 = 2, kBF16Packed = 3, kFloat = 4 };
 // What activations become: what they are (weight only), int8 with a scale for each row, or for each `group` of a row.
 enum Activation { kAsIs = 0, kPerToken = 1, kPerGroup = 2 };
 
@@ -24,7 +28,7 @@ struct Linear {
   const void* bias;     // or null
   int64_t n, k, k_padded;
   int64_t panel_bytes;
-  int32_t kind, group, asymmetric, activation, bias_dtype, reserved;
+  int32_t kind, group, asymmetric, activation, bias_dtype, weight_dtype;
   int64_t num_panels() const { return (n + kPanel - 1) / kPanel; }
 };
 
@@ -46,9 +50,10 @@ struct Tiling {
   int height(int64_t t) const { return int(rows / tiles + (t < rows % tiles)); }
 };
 
-// Activations as int8: tile after tile, each [k/4][rows of the tile][4]; so tile t begins at start(t) * k_padded.
+// Activations as int8 numbers: tile after tile, each [k/4][rows of the tile][4]; so tile t begins at element start(t) *
+// k_padded. Elements are bytes beside int4 weights and `Act` beside int8 ones.
 struct QuantizedRows {
-  int8_t* values;
+  void* values;
   float* scales;   // [row][groups or 1]
   int32_t* sums;   // [row][groups]: sum of the values, which corrects for weights being stored unsigned
   int64_t groups, scale_groups;
@@ -73,13 +78,17 @@ MV_INLINE void finish_row(const Linear& linear, const Rows& rows, int64_t row, i
 
 void int8_linear(const Linear& linear, const Rows& rows);       // kInt8, kPerToken
 void grouped_linear(const Linear& linear, const Rows& rows);    // kInt4, and kInt8 with kPerGroup
-void weight_only_linear(const Linear& linear, const Rows& rows);  // kInt8, kAsIs
+int float_linear(const Linear& linear, const Rows& rows);        // kFloat, and kInt8 with kAsIs
+int weight_only_linear(const Linear& linear, const Rows& rows);  // kInt8, kAsIs
 int bf16_linear(const Linear& linear, const Rows& rows);        // kBF16Packed
 
-// Panels are dealt out in ranges, so that weights are read as streams; body(first, end).
+// Panels are dealt out in ranges of a multiple of `grain`, so that weights are read as streams; body(first, end). There
+// are a few for each thread, and rather some more than one thread too much left at the end.
 template <class Body>
 inline void for_panels(int64_t panels, int64_t grain, Body&& body) {
-  parallel_ranges(panels, grain, body);
+  int64_t most = int64_t(num_threads()) * 4;
+  int64_t size = std::max(grain, panels / most / grain * grain);
+  parallel_for((panels + size - 1) / size, [&](int64_t i) { body(i * size, std::min(panels, (i + 1) * size)); });
 }
 
 // Calls fn with the tile height as a compile-time constant.

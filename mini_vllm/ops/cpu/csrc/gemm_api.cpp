@@ -18,8 +18,9 @@ MV_API int mv_linear(const mv::gemm::Linear* linear, const void* x, int64_t ldx,
   if (count == 0) return kOk;
   if (!known_dtype(x_dtype) || !known_dtype(y_dtype) || count < 0) return kUnsupported;
   Rows rows{x, ldx, y, ldy, count, x_dtype, y_dtype};
+  if (linear->kind == kFloat) return float_linear(*linear, rows);
   if (linear->kind == kBF16Packed) return bf16_linear(*linear, rows);
-  if (linear->kind == kInt8 && linear->activation == kAsIs) return weight_only_linear(*linear, rows), kOk;
+  if (linear->kind == kInt8 && linear->activation == kAsIs) return weight_only_linear(*linear, rows);
   if (linear->kind == kInt8 && linear->activation == kPerToken) return int8_linear(*linear, rows), kOk;
   if (linear->activation == kAsIs) return kUnsupported;
   return grouped_linear(*linear, rows), kOk;

@@ -6,7 +6,7 @@
 
 namespace mv::gemm {
 
-#if defined(MV_GEMM_AVX512)
+#if defined(MV_GEMM_VNNI)
 namespace {
 
 constexpr int kTileRows = 4;

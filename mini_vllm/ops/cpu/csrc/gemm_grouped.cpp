@@ -29,31 +29,51 @@ struct Panel {
   int64_t header_stride;
 };
 
-template <int R, bool Nibbles>
-MV_INLINE void sum_group(I32 (&acc)[R], const uint8_t* w, const int8_t* x, int64_t group) {
-  if constexpr (Nibbles) {
-    for (int64_t k = 0; k < group; k += 32, x += 32 * R) {
-      MV_UNROLL for (int j = 0; j < 4; j++, w += kQuadBytes) {
-        Bytes both = load_bytes(w), low = low_nibbles(both), high = high_nibbles(both);
-        MV_UNROLL for (int r = 0; r < R; r++) {
-          dot(acc[r], low, make_quad(x + (j * R + r) * 4));
-          dot(acc[r], high, make_quad(x + ((j + 4) * R + r) * 4));
-        }
-      }
-    }
-  } else {
-    for (int64_t q = 0; q < group / 4; q++, w += kQuadBytes, x += 4 * R) {
-      Bytes bytes = load_bytes(w);
-      MV_UNROLL for (int r = 0; r < R; r++) dot(acc[r], bytes, make_quad(x + r * 4));
-    }
+// What a panel's bytes are: two weights of 4 bits, one weight of 4 bits, or one of 8.
+enum Form { kPacked, kNibbles, kWhole };
+
+// One quad of weights with R rows, whose activations are at x.
+template <int R>
+MV_INLINE void add_quad(I32 (&acc)[R], Halves (&sums)[R], const Bytes& bytes, const int8_t* x) {
+  MV_UNROLL for (int r = 0; r < R; r++) {
+    if constexpr (kNibbleSums) nibble_dot(sums[r], bytes, x + r * 4);
+    else dot(acc[r], bytes, make_quad(reinterpret_cast<const Act*>(x + r * 4)));
   }
 }
 
-template <int R, bool Nibbles>
+template <int R, Form F>
+MV_INLINE void sum_nibbles(I32 (&acc)[R], const uint8_t* w, const int8_t* x, int64_t group) {
+  for (int64_t k = 0; k < group; k += 32, x += 32 * R, w += F == kPacked ? 4 * kQuadBytes : 8 * kQuadBytes) {
+    Halves sums[R];
+    MV_UNROLL for (int r = 0; r < R; r++) sums[r] = no_nibbles();
+    if constexpr (F == kPacked) {
+      MV_UNROLL for (int j = 0; j < 4; j++) {
+        Bytes both = load_bytes(w + j * kQuadBytes);
+        add_quad<R>(acc, sums, low_nibbles(both), x + j * R * 4);
+        add_quad<R>(acc, sums, high_nibbles(both), x + (j + 4) * R * 4);
+      }
+    } else {
+      MV_UNROLL for (int j = 0; j < kMostNibbleDots; j++)
+        add_quad<R>(acc, sums, load_bytes(w + j * kQuadBytes), x + j * R * 4);
+    }
+    if constexpr (kNibbleSums) MV_UNROLL for (int r = 0; r < R; r++) add_nibbles(acc[r], sums[r]);
+  }
+}
+
+template <int R>
+MV_INLINE void sum_bytes(I32 (&acc)[R], const uint8_t* w, const Act* x, int64_t group) {
+  for (int64_t q = 0; q < group / 4; q++, w += kQuadBytes, x += 4 * R) {
+    Bytes bytes = load_bytes(w);
+    MV_UNROLL for (int r = 0; r < R; r++) dot(acc[r], bytes, make_quad(x + r * 4));
+  }
+}
+
+template <int R, Form F>
 MV_TILE void group_tile(const Call& call, const Panel& panel, int64_t row) {
   const Linear& linear = call.linear;
   const QuantizedRows& x = call.x;
-  const int8_t* values = x.values + row * linear.k_padded;
+  using Value = std::conditional_t<F == kWhole, Act, int8_t>;
+  auto values = static_cast<const Value*>(x.values) + row * linear.k_padded;
   const uint8_t *w = panel.weights, *header = panel.header;
   const int32_t offset = linear.asymmetric ? 0 : linear.kind == kInt4 ? -8 : -128;
   F32 total[R];
@@ -61,7 +81,8 @@ MV_TILE void group_tile(const Call& call, const Panel& panel, int64_t row) {
   for (int64_t g = 0; g < x.groups; g++) {
     I32 acc[R];
     MV_UNROLL for (int r = 0; r < R; r++) acc[r] = isplat(offset * x.sums[(row + r) * x.groups + g]);
-    sum_group<R, Nibbles>(acc, w, values, linear.group);
+    if constexpr (F == kWhole) sum_bytes<R>(acc, w, values, linear.group);
+    else sum_nibbles<R, F>(acc, w, values, linear.group);
     F32 scale = header == nullptr ? fsplat(1.f) : load_f16(header);
     MV_UNROLL for (int r = 0; r < R; r++) {
       // Both cases round alike for every R: only the number of rows at once differs.
@@ -98,11 +119,11 @@ void unpack_panel(const Call& call, const uint8_t* packed, uint8_t* out) {
   }
 }
 
-template <bool Nibbles>
+template <Form F>
 void panel_tiles(const Call& call, const Panel& panel) {
   for (int64_t t = 0; t < call.tiling.tiles; t++)
     with_height<kMaxGroupRows>(call.tiling.height(t), [&](auto height) {
-      group_tile<height(), Nibbles>(call, panel, call.tiling.start(t));
+      group_tile<height(), F>(call, panel, call.tiling.start(t));
     });
 }
 
@@ -114,12 +135,12 @@ void run_panels(const Call& call, int64_t begin, int64_t end) {
     const uint8_t* packed = linear.packed + p * linear.panel_bytes;
     int64_t byte_stride = linear.group * kPanel;
     if (linear.kind == kInt8) {
-      panel_tiles<false>(call, Panel{p, packed, byte_stride, nullptr, 0});
+      panel_tiles<kWhole>(call, Panel{p, packed, byte_stride, nullptr, 0});
     } else if (unpack) {
       unpack_panel(call, packed, bytes);
-      panel_tiles<false>(call, Panel{p, bytes, byte_stride, packed, call.group_bytes});
+      panel_tiles<kNibbles>(call, Panel{p, bytes, byte_stride, packed, call.group_bytes});
     } else {
-      panel_tiles<true>(call, Panel{p, packed + call.header_bytes, call.group_bytes, packed, call.group_bytes});
+      panel_tiles<kPacked>(call, Panel{p, packed + call.header_bytes, call.group_bytes, packed, call.group_bytes});
     }
   }
 }

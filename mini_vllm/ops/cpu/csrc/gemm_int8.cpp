@@ -33,15 +33,15 @@ MV_INLINE void finish_tile(const Call& call, const I32 (&acc)[R], int64_t row, i
   }
 }
 
-// Four k-quads go to four sets of accumulators where rows are few, for the dot product takes longer than its turn.
+// Four k-quads go to four sets of accumulators where rows are few: VNNI's dot product takes longer than its turn.
 template <int R>
 MV_TILE void panel_tile(const Call& call, int64_t row, int64_t panel, const uint8_t* next) {
   const uint8_t* w = call.linear.packed + panel * call.linear.panel_bytes;
-  const int8_t* x = call.x.values + row * call.linear.k_padded;
+  const Act* x = static_cast<const Act*>(call.x.values) + row * call.linear.k_padded;
   I32 acc[R];
   MV_UNROLL for (int r = 0; r < R; r++) acc[r] = isplat(-128 * call.x.sums[row + r]);
   int64_t q = 0;
-  if constexpr (R <= 3 && kMaxRows > 4) {
+  if constexpr (R <= 3 && !kHalves && kMaxRows > 4) {
     I32 more[3][R];
     MV_UNROLL for (int s = 0; s < 3; s++) MV_UNROLL for (int r = 0; r < R; r++) more[s][r] = isplat(0);
     for (; q + 4 <= call.quads; q += 4, w += 4 * kQuadBytes, x += 16 * R) {
@@ -91,8 +91,37 @@ struct Block {
   int64_t lines;
 };
 
-MV_INLINE void dot_register(__m512i& acc, __m512i w, __m512i x) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+// Adds the products of one k-quad of 64 channels, the panels' bytes at w and v, with R rows.
+template <int R>
+MV_INLINE void pair_dot(I32 (&a)[R], I32 (&b)[R], const uint8_t* w, const uint8_t* v, const Act* x) {
+  Bytes bw = load_bytes(w), bv = load_bytes(v);
+#if defined(MV_GEMM_VNNI)
+  auto dot_register = [](__m512i& acc, __m512i weights, __m512i value) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(value));
+  };
+  MV_UNROLL for (int r = 0; r < R; r++) {
+    __m512i xr = splat_dword(x + r * 4);
+    dot_register(a[r].v[0], bw.v[0], xr);
+    dot_register(a[r].v[1], bw.v[1], xr);
+    dot_register(b[r].v[0], bv.v[0], xr);
+    dot_register(b[r].v[1], bv.v[1], xr);
+  }
+#else
+  // Even bytes for all rows, then odd ones: only four registers hold weights.
+  MV_UNROLL for (int odd = 0; odd < 2; odd++) {
+    auto half = [&](__m512i bytes) {
+      return odd ? _mm512_srli_epi16(bytes, 8) : _mm512_and_si512(bytes, _mm512_set1_epi16(255));
+    };
+    __m512i w0 = half(bw.v[0]), w1 = half(bw.v[1]), v0 = half(bv.v[0]), v1 = half(bv.v[1]);
+    MV_UNROLL for (int r = 0; r < R; r++) {
+      __m512i xr = splat_dword(x + r * 4 + odd * 2);
+      add_lanes(a[r].v[0], _mm512_madd_epi16(w0, xr));
+      add_lanes(a[r].v[1], _mm512_madd_epi16(w1, xr));
+      add_lanes(b[r].v[0], _mm512_madd_epi16(v0, xr));
+      add_lanes(b[r].v[1], _mm512_madd_epi16(v1, xr));
+    }
+  }
+#endif
 }
 
 template <int R>
@@ -100,7 +129,7 @@ MV_TILE void pair_tile(const Call& call, const Block& block, int64_t row) {
   const Linear& linear = call.linear;
   const uint8_t* w = linear.packed + block.panel * linear.panel_bytes + block.first_quad * kQuadBytes;
   const uint8_t* v = w + linear.panel_bytes;
-  const int8_t* x = call.x.values + row * linear.k_padded + block.first_quad * 4 * R;
+  const Act* x = static_cast<const Act*>(call.x.values) + row * linear.k_padded + block.first_quad * 4 * R;
   I32 a[R], b[R];
   int32_t* sums = block.sums;
   MV_UNROLL for (int r = 0; r < R; r++) {
@@ -115,18 +144,7 @@ MV_TILE void pair_tile(const Call& call, const Block& block, int64_t row) {
     prefetch_l2(block.next + i * 64);
     prefetch_l2(block.next + linear.panel_bytes + i * 64);
   }
-  for (int64_t q = 0; q < block.quads; q++, w += kQuadBytes, v += kQuadBytes, x += 4 * R) {
-    Bytes bw = load_bytes(w), bv = load_bytes(v);
-    MV_UNROLL for (int r = 0; r < R; r++) {
-      int32_t four;
-      std::memcpy(&four, x + r * 4, 4);
-      __m512i xr = _mm512_set1_epi32(four);
-      dot_register(a[r].v[0], bw.v[0], xr);
-      dot_register(a[r].v[1], bw.v[1], xr);
-      dot_register(b[r].v[0], bv.v[0], xr);
-      dot_register(b[r].v[1], bv.v[1], xr);
-    }
-  }
+  for (int64_t q = 0; q < block.quads; q++, w += kQuadBytes, v += kQuadBytes, x += 4 * R) pair_dot<R>(a, b, w, v, x);
   if (block.last) {
     finish_tile<R>(call, a, row, block.panel);
     finish_tile<R>(call, b, row, block.panel + 1);

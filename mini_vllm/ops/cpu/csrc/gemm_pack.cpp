@@ -111,6 +111,22 @@ void pack_int4_panel(const Weights& weights, int64_t panel, int64_t k_padded, in
   }
 }
 
+// Where channel c of a panel lies: bfloat16 ones are in pairs c, c + 16.
+inline int position(int c, int dtype) { return dtype == kBF16 ? c % 16 * 2 + c / 16 : c; }
+
+// [k][2][32] of 64 channels, zeros beyond the last. A square of the matrix at a time, which the first cache holds.
+template <class T>
+void pack_float_wide(const Weights& weights, int64_t first, T* out) {
+  constexpr int64_t kSquare = 64;
+  for (int64_t k = 0; k < weights.k; k += kSquare)
+    for (int64_t c = 0; c < 64; c++) {
+      const T* row = static_cast<const T*>(weights.data) + (first + c) * weights.stride;
+      T* to = out + c / kPanel * kPanel + position(int(c % kPanel), weights.dtype);
+      bool real = first + c < weights.n;
+      for (int64_t i = k; i < std::min(weights.k, k + kSquare); i++) to[i * 64] = real ? row[i] : T(0);
+    }
+}
+
 template <class Fn>
 void each_panel(const Weights& weights, int64_t k_padded, Fn&& fn) {
   parallel_for((weights.n + kPanel - 1) / kPanel, [&](int64_t panel) {
@@ -131,6 +147,18 @@ MV_API int mv_pack_int8(const void* weights, int dtype, int64_t n, int64_t k, in
   each_panel(source, k_padded, [&](int64_t panel, float* row) {
     auto to = static_cast<uint8_t*>(out) + panel * k_padded * kPanel;
     pack_int8_panel(source, panel, k_padded, to, scales + panel * kPanel, row);
+  });
+  return kOk;
+}
+
+// out: n rounded up to 64, times k, elements of the weights' own type.
+MV_API int mv_pack_float(const void* weights, int dtype, int64_t n, int64_t k, int64_t stride, void* out) {
+  using namespace mv;
+  using namespace mv::gemm;
+  Weights source{weights, n, k, stride, dtype};
+  parallel_for((n + 63) / 64, [&](int64_t wide) {
+    if (dtype == kF32) pack_float_wide(source, wide * 64, static_cast<float*>(out) + wide * 64 * k);
+    else pack_float_wide(source, wide * 64, static_cast<uint16_t*>(out) + wide * 64 * k);
   });
   return kOk;
 }

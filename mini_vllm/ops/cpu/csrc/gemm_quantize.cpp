@@ -2,7 +2,8 @@
 //
 // scale = absmax / 127, value = round to even(x * (127 / absmax)). A row knows nothing of its neighbours. Four rows of
 // a tile are done at once: with AVX-512 a 4 x 4 transpose of dwords turns them into 16-byte stores. A NaN anywhere in
-// a group makes its scale NaN, so that it reaches the outputs and is noticed there.
+// a group makes its scale NaN, so that it reaches the outputs and is noticed there. An element T is a byte, or 16 bits
+// in the order that gemm_simd.h gives them.
 #include <algorithm>
 
 #include "gemm.h"
@@ -16,8 +17,8 @@ struct Job {
   const void* rows[kTogether];
   int count;
   int64_t k, k_padded, group;
-  int8_t* out;       // of the first row
-  int64_t stride;    // bytes from one k-quad to the next
+  void* out;       // of the first row, elements of T
+  int64_t stride;  // elements from one k-quad to the next
   float* scales[kTogether];
   int32_t* sums[kTogether];
   bool per_group;
@@ -57,17 +58,27 @@ MV_INLINE Scale scale_of(const void* row, int64_t begin, int64_t end, int64_t si
   return scale_for(_mm512_reduce_max_ps(most), nan != 0);
 }
 
+// Quads of bytes as quads of 16 bits, k0 k2 k1 k3.
+MV_INLINE __m256i widened(__m128i bytes) {
+  __m256i halves = _mm256_cvtepi8_epi16(bytes);
+  return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, _MM_SHUFFLE(3, 1, 2, 0)), _MM_SHUFFLE(3, 1, 2, 0));
+}
+
+template <class T>
 MV_INLINE void store_transposed(const Job& job, int64_t k, const __m128i (&q)[kTogether]) {
   __m128i a = _mm_unpacklo_epi32(q[0], q[1]), b = _mm_unpackhi_epi32(q[0], q[1]);
   __m128i c = _mm_unpacklo_epi32(q[2], q[3]), d = _mm_unpackhi_epi32(q[2], q[3]);
   __m128i quads[4] = {_mm_unpacklo_epi64(a, c), _mm_unpackhi_epi64(a, c), _mm_unpacklo_epi64(b, d),
                       _mm_unpackhi_epi64(b, d)};
   __mmask8 mask = __mmask8((1 << job.count) - 1);
-  int8_t* out = job.out + k / 4 * job.stride;
-  MV_UNROLL for (int j = 0; j < 4; j++) _mm_mask_storeu_epi32(out + j * job.stride, mask, quads[j]);
+  T* out = static_cast<T*>(job.out) + k / 4 * job.stride;
+  MV_UNROLL for (int j = 0; j < 4; j++) {
+    if constexpr (sizeof(T) == 1) _mm_mask_storeu_epi32(out + j * job.stride, mask, quads[j]);
+    else _mm256_mask_storeu_epi64(out + j * job.stride, mask, widened(quads[j]));
+  }
 }
 
-template <int DType>
+template <int DType, class T>
 void quantize(const Job& job) {
   Scale scale[kTogether] = {};
   for (int64_t begin = 0, g = 0; begin < job.k_padded; begin += job.group, g++) {
@@ -88,14 +99,14 @@ void quantize(const Job& job) {
         sums[i] = _mm512_add_epi32(sums[i], whole);
         q[i] = _mm512_cvtsepi32_epi8(whole);
       }
-      store_transposed(job, k, q);
+      store_transposed<T>(job, k, q);
     }
     for (int i = 0; i < job.count; i++) job.sums[i][g] = _mm512_reduce_add_epi32(sums[i]);
   }
 }
 
 // One row alone: no transpose, the tile is the row.
-template <int DType>
+template <int DType, class T>
 void quantize_single(const Job& job) {
   Scale scale = {};
   for (int64_t begin = 0, g = 0; begin < job.k_padded; begin += job.group, g++) {
@@ -109,7 +120,10 @@ void quantize_single(const Job& job) {
       __m512 v = _mm512_mul_ps(load16<DType>(job.rows[0], k, job.k), _mm512_set1_ps(scale.inverse));
       __m512i whole = _mm512_cvtps_epi32(v);
       sum = _mm512_add_epi32(sum, whole);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(job.out + k), _mm512_cvtsepi32_epi8(whole));
+      __m128i bytes = _mm512_cvtsepi32_epi8(whole);
+      T* out = static_cast<T*>(job.out) + k;
+      if constexpr (sizeof(T) == 1) _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+      else _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), widened(bytes));
     }
     job.sums[0][g] = _mm512_reduce_add_epi32(sum);
   }
@@ -129,7 +143,7 @@ Scale scale_of(const void* row, int64_t begin, int64_t end) {
   return scale_for(most, nan);
 }
 
-template <int DType>
+template <int DType, class T>
 void quantize_row(const Job& job, int i) {
   Scale scale = {};
   for (int64_t begin = 0, g = 0; begin < job.k_padded; begin += job.group, g++) {
@@ -144,30 +158,32 @@ void quantize_row(const Job& job, int i) {
       float whole = std::min(std::max(std::nearbyint(v), -127.f), 127.f);  // a NaN becomes 127, its scale tells
       int8_t q = int8_t(whole == whole ? whole : 0.f);
       sum += q;
-      job.out[k / 4 * job.stride + i * 4 + k % 4] = q;
+      int64_t place = sizeof(T) == 1 ? k % 4 : "\0\2\1\3"[k % 4];
+      static_cast<T*>(job.out)[k / 4 * job.stride + i * 4 + place] = q;
     }
     job.sums[i][g] = sum;
   }
 }
 
-template <int DType>
+template <int DType, class T>
 void quantize(const Job& job) {
-  for (int i = 0; i < job.count; i++) quantize_row<DType>(job, i);
+  for (int i = 0; i < job.count; i++) quantize_row<DType, T>(job, i);
 }
 
-template <int DType>
+template <int DType, class T>
 void quantize_single(const Job& job) {
-  quantize_row<DType>(job, 0);
+  quantize_row<DType, T>(job, 0);
 }
 
 #endif
 
-template <int DType>
+template <int DType, class T>
 void run(const Job& job) {
-  if (job.stride == 4) quantize_single<DType>(job);
-  else quantize<DType>(job);
+  if (job.stride == 4) quantize_single<DType, T>(job);
+  else quantize<DType, T>(job);
 }
 
+template <class T>
 void quantize_stretch(const Rows& rows, const Linear& linear, const Tiling& tiling, int64_t group, QuantizedRows out,
                       int64_t tile, int64_t first) {
   Job job{};
@@ -175,7 +191,7 @@ void quantize_stretch(const Rows& rows, const Linear& linear, const Tiling& tili
   job.count = int(std::min<int64_t>(kTogether, tiling.height(tile) - first));
   job.k = linear.k, job.k_padded = linear.k_padded, job.group = group;
   job.stride = tiling.height(tile) * 4;
-  job.out = out.values + tiling.start(tile) * linear.k_padded + first * 4;
+  job.out = static_cast<T*>(out.values) + tiling.start(tile) * linear.k_padded + first * 4;
   job.per_group = out.scale_groups > 1;
   for (int i = 0; i < kTogether; i++) {
     int64_t r = row + std::min(i, job.count - 1);
@@ -183,9 +199,9 @@ void quantize_stretch(const Rows& rows, const Linear& linear, const Tiling& tili
     job.scales[i] = out.scales + r * out.scale_groups;
     job.sums[i] = out.sums + r * out.groups;
   }
-  if (rows.x_dtype == kF32) run<kF32>(job);
-  else if (rows.x_dtype == kBF16) run<kBF16>(job);
-  else run<kF16>(job);
+  if (rows.x_dtype == kF32) run<kF32, T>(job);
+  else if (rows.x_dtype == kBF16) run<kBF16, T>(job);
+  else run<kF16, T>(job);
 }
 
 }  // namespace
@@ -194,7 +210,9 @@ QuantizedRows quantize_rows(const Rows& rows, const Linear& linear, const Tiling
   QuantizedRows out{};
   out.groups = linear.k_padded / group;
   out.scale_groups = linear.activation == kPerGroup ? out.groups : 1;
-  size_t value_bytes = size_t(rows.count * linear.k_padded), sum_bytes = size_t(rows.count * out.groups) * 4;
+  bool bytes = linear.kind == kInt4;
+  size_t value_bytes = size_t(rows.count * linear.k_padded) * (bytes ? 1 : sizeof(Act));
+  size_t sum_bytes = size_t(rows.count * out.groups) * 4;
   size_t scale_bytes = size_t(rows.count * out.scale_groups) * 4;
   auto memory = static_cast<int8_t*>(thread_scratch(kScratchQuant, value_bytes + sum_bytes + scale_bytes + 256));
   out.values = memory;  // k_padded is a multiple of 32, so what follows is aligned
@@ -203,7 +221,9 @@ QuantizedRows quantize_rows(const Rows& rows, const Linear& linear, const Tiling
   int64_t per_tile = (tiling.height(0) + kTogether - 1) / kTogether;
   auto stretch = [&](int64_t i) {
     int64_t tile = i / per_tile, first = i % per_tile * kTogether;
-    if (first < tiling.height(tile)) quantize_stretch(rows, linear, tiling, group, out, tile, first);
+    if (first >= tiling.height(tile)) return;
+    if (bytes) quantize_stretch<int8_t>(rows, linear, tiling, group, out, tile, first);
+    else quantize_stretch<Act>(rows, linear, tiling, group, out, tile, first);
   };
   int64_t stretches = tiling.tiles * per_tile;
   if (rows.count * linear.k < 16384) {  // less work than waking somebody
