@@ -418,11 +418,15 @@ class EngineArgs:
         return self.max_model_len
 
     def _resolve_dtype(self, hf_config: "HFConfig") -> str:
+        from mini_vllm.ops.cpu.build import has_vector_kernels
         from mini_vllm.platforms import select_platform
 
         dtype = _DTYPES[self.dtype]
         if dtype == "auto":
-            dtype, why = select_platform(self.device).explain_auto_dtype(hf_config.dtype)
+            platform = select_platform(self.device)
+            dtype, why = platform.explain_auto_dtype(
+                hf_config.dtype, native_kernels=has_vector_kernels(platform.cpu_flags())
+            )
             logger.info("dtype auto is %s: %s", dtype, why)
         return dtype
 

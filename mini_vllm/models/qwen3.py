@@ -8,6 +8,7 @@ from mini_vllm.hf_config import HFConfig
 from mini_vllm.layers.norm import RMSNorm
 from mini_vllm.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from mini_vllm.models.qwen2 import layer_window
+from mini_vllm.ops.norm import rms_norm_heads
 from mini_vllm.quantization.base import QuantizationConfig
 
 
@@ -22,8 +23,8 @@ class Qwen3Attention(LlamaAttention):
         self.k_norm = self.norm_class(config.head_dim, config.rms_norm_eps, dtype=dtype)
 
     def prepare_heads(self, heads: torch.Tensor) -> torch.Tensor:
-        query, key = heads.split([self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads], 1)
-        return torch.cat((self.q_norm(query)[0], self.k_norm(key)[0]), 1)
+        query, key = self.q_norm, self.k_norm
+        return rms_norm_heads(heads, query.weight, key.weight, self.qkv_proj.num_heads, query.eps)
 
 
 class Qwen3DecoderLayer(LlamaDecoderLayer):

@@ -10,6 +10,12 @@ _FIELDS = {"sum_out": POINTER, "out": POINTER, "x_stride": INT64, "residual_stri
 _RMS_NORM = Kernel(
     "mv_rms_norm", x=POINTER, residual=POINTER, weight=POINTER, **_FIELDS, dtype=INT64, weight_dtype=INT64, eps=FLOAT
 )
+_RMS_NORM_HEADS = Kernel(
+    "mv_rms_norm_heads",
+    x=POINTER, first_weight=POINTER, other_weight=POINTER, out=POINTER,
+    token_stride=INT64, head_stride=INT64, heads=INT64, first_heads=INT64, width=INT64,
+    dtype=INT64, weight_dtype=INT64, eps=FLOAT,
+)  # fmt: skip
 _LAYER_NORM = Kernel(
     "mv_layer_norm", x=POINTER, residual=POINTER, weight=POINTER, bias=POINTER, **_FIELDS, dtype=INT64, eps=FLOAT
 )
@@ -42,6 +48,31 @@ def rms_norm_reference(
     if weight.dtype is x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps), x
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype), x
+
+
+def rms_norm_heads(
+    heads: torch.Tensor, first_weight: torch.Tensor, other_weight: torch.Tensor, num_first: int, eps: float
+) -> torch.Tensor:
+    """Each head of [N, heads, D] normalised by itself: `num_first` of them with one weight [D], the rest with another."""
+    if not _RMS_NORM_HEADS.serves(heads) or heads.stride(2) != 1:
+        return rms_norm_heads_reference(heads, first_weight, other_weight, num_first, eps)
+    tokens, count, width = heads.shape
+    out = empty(heads.shape, heads.dtype)
+    _RMS_NORM_HEADS(
+        tokens, heads.data_ptr(), first_weight.data_ptr(), other_weight.data_ptr(), out.data_ptr(),
+        heads.stride(0), heads.stride(1), count, num_first, width,
+        DTYPE_CODES[heads.dtype], DTYPE_CODES[first_weight.dtype], eps,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm_heads_reference(
+    heads: torch.Tensor, first_weight: torch.Tensor, other_weight: torch.Tensor, num_first: int, eps: float
+) -> torch.Tensor:
+    """What `rms_norm_heads` computes, in torch."""
+    first, others = heads[:, :num_first], heads[:, num_first:]
+    parts = (rms_norm_reference(part, None, w, eps)[0] for part, w in ((first, first_weight), (others, other_weight)))
+    return torch.cat(tuple(parts), 1)
 
 
 def layer_norm(

@@ -45,14 +45,19 @@ class CpuPlatform(Platform):
     def attn_backends(self) -> tuple[str, ...]:
         return "CPU_NATIVE", "TORCH_REF"
 
-    def explain_auto_dtype(self, checkpoint_dtype: str | None) -> tuple[str, str]:
-        """bfloat16 or float32, whatever the checkpoint has: float16 has no fast path on CPUs."""
+    def explain_auto_dtype(self, checkpoint_dtype: str | None, *, native_kernels: bool = False) -> tuple[str, str]:
+        """bfloat16, half the bytes to read, where something multiplies it quickly; else float32. Whatever the
+        checkpoint has."""
         flags = sorted(self.cpu_flags() & _BF16_FLAGS)
         if flags:
             return "bfloat16", f"this CPU has {', '.join(flags)}"
+        if native_kernels:
+            return "bfloat16", "this CPU has no bfloat16 instructions, but native kernels widen it on the way"
         return "float32", "this CPU has no bfloat16 instructions"
 
-    def dtype_warning(self, dtype: str) -> str | None:
+    def dtype_warning(self, dtype: str, *, native_kernels: bool = False) -> str | None:
+        if native_kernels:
+            return None
         if dtype == "float16":
             return "float16 is many times slower than bfloat16 or float32 on a CPU"
         if dtype == "bfloat16" and not self.supports_bf16():

@@ -24,7 +24,7 @@ class CudaPlatform(Platform):
 
         return torch.cuda.get_device_capability() >= (8, 0)
 
-    def explain_auto_dtype(self, checkpoint_dtype: str | None) -> tuple[str, str]:
+    def explain_auto_dtype(self, checkpoint_dtype: str | None, *, native_kernels: bool = False) -> tuple[str, str]:
         """The checkpoint's own dtype, except that float32 halves and bfloat16 needs a GPU that has it."""
         half = "bfloat16" if self.supports_bf16() else "float16"
         if checkpoint_dtype == "float16":
@@ -34,7 +34,7 @@ class CudaPlatform(Platform):
         why = "this GPU has bfloat16" if half == "bfloat16" else "this GPU has no bfloat16"
         return half, f"the checkpoint has {checkpoint_dtype or 'no dtype'} and {why}"
 
-    def dtype_warning(self, dtype: str) -> str | None:
+    def dtype_warning(self, dtype: str, *, native_kernels: bool = False) -> str | None:
         if dtype == "bfloat16" and not self.supports_bf16():
             return "this GPU has no bfloat16 instructions (compute capability below 8.0), so bfloat16 is emulated"
         return None

@@ -47,14 +47,17 @@ class Platform(ABC):
         """Whether bfloat16 products have instructions of their own."""
 
     @abstractmethod
-    def explain_auto_dtype(self, checkpoint_dtype: str | None) -> tuple[str, str]:
-        """(dtype name that 'auto' means here for a checkpoint of that dtype, why)."""
+    def explain_auto_dtype(self, checkpoint_dtype: str | None, *, native_kernels: bool = False) -> tuple[str, str]:
+        """(dtype name that 'auto' means here for a checkpoint of that dtype, why).
+
+        native_kernels: this package's own are to be had, and widen narrow types in vectors.
+        """
 
     def auto_dtype(self, checkpoint_dtype: str | None) -> str:
         """The dtype name that 'auto' means here for a checkpoint of that dtype."""
         return self.explain_auto_dtype(checkpoint_dtype)[0]
 
-    def dtype_warning(self, dtype: str) -> str | None:
+    def dtype_warning(self, dtype: str, *, native_kernels: bool = False) -> str | None:
         """What is wrong with computing in `dtype` here, if anything."""
         return None
 

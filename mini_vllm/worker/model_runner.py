@@ -75,7 +75,8 @@ class ModelRunner:
         """Read the weights onto the device. Raises `CheckpointError` or `UnsupportedModelError`."""
         model_config, device_config = self.config.model, self.config.device
         logger.info("Device: %s; computing with %d CPU threads", self.platform.describe(), self.num_threads)
-        if warning := self.platform.dtype_warning(model_config.dtype):
+        vectors = native.available() and native.loaded_isa() != "portable"
+        if warning := self.platform.dtype_warning(model_config.dtype, native_kernels=vectors):
             logger.warning("dtype: %s", warning)
         start = time.perf_counter()
         self.model = load_model(

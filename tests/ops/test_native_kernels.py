@@ -9,7 +9,14 @@ from mini_vllm.ops.activation import act, act_and_mul, act_and_mul_reference, ac
 from mini_vllm.ops.argmax import argmax, argmax_reference, finite_argmax
 from mini_vllm.ops.cpu import library
 from mini_vllm.ops.lookup import as_logits, as_logits_reference, lookup, lookup_reference
-from mini_vllm.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
+from mini_vllm.ops.norm import (
+    layer_norm,
+    layer_norm_reference,
+    rms_norm,
+    rms_norm_heads,
+    rms_norm_heads_reference,
+    rms_norm_reference,
+)
 from mini_vllm.ops.rotary import apply_rotary, apply_rotary_reference, rotary_angles, rotary_angles_reference
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no native kernels here")
@@ -49,6 +56,17 @@ def test_rms_norm_of_heads_and_of_a_strided_view():
     heads = noise(5, 6, 24, dtype=torch.float32, seed=0)[:, 1:4]
     weight = noise(24, dtype=torch.float32, seed=1)
     assert_near(rms_norm(heads, None, weight, 1e-5)[0], rms_norm_reference(heads, None, weight, 1e-5)[0])
+
+
+@given(tokens=st.integers(0, 20), first=st.integers(1, 4), others=st.integers(1, 3), width=st.integers(1, 70),
+       dtype=DTYPES, wide_weight=st.booleans(), padding=st.sampled_from([0, 5]), seed=st.integers(0, 99))  # fmt: skip
+@settings(max_examples=60)
+def test_rms_norm_of_heads_with_two_weights(tokens, first, others, width, dtype, wide_weight, padding, seed):
+    heads = noise(tokens, (first + others) * width, dtype=dtype, seed=seed, padding=padding)
+    heads = heads.unflatten(1, (first + others, width))
+    one, other = (noise(width, dtype=torch.float32 if wide_weight else dtype, seed=seed + i) for i in (1, 2))
+    actual, expected = (f(heads, one, other, first, 1e-6) for f in (rms_norm_heads, rms_norm_heads_reference))
+    assert_near(actual, expected)
 
 
 @given(rows=st.integers(0, 40), width=st.integers(1, 700), dtype=DTYPES, with_bias=st.booleans(),

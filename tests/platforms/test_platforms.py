@@ -34,6 +34,7 @@ def test_auto_dtype_is_float32_on_other_cpus_and_never_float16(tmp_path: Path) -
     platform = cpu(tmp_path, "avx2 avx512f avx512_fp16")
     for checkpoint in ("float32", "float16", "bfloat16", None):
         assert platform.auto_dtype(checkpoint) == "float32"
+        assert platform.explain_auto_dtype(checkpoint, native_kernels=True)[0] == "bfloat16"
     assert not platform.supports_bf16()
 
 
@@ -43,6 +44,7 @@ def test_slow_dtypes_are_warned_of(tmp_path: Path) -> None:
     assert "emulated" in (old.dtype_warning("bfloat16") or "")
     assert new.dtype_warning("bfloat16") is None
     assert old.dtype_warning("float32") is None
+    assert old.dtype_warning("bfloat16", native_kernels=True) is None
 
 
 def test_free_memory_is_the_machines_without_a_container(tmp_path: Path) -> None:

@@ -58,10 +58,14 @@ def both(folder: Path, **kwargs: object) -> tuple[ModelRunner, ModelRunner]:
     return captured, eager
 
 
+MOSTLY_TORCH = ("llama4-dense", "stablelm-2-12b")
+"""Their heads are prepared by torch's operators in every layer, so that recording them does not pay."""
+
+
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_every_family_is_replayed_bit_for_bit(name: str, tmp_path: Path) -> None:
     captured, eager = both(BY_NAME[name].write(tmp_path))
-    assert captured.captured is not None
+    assert (captured.captured is None) == (name in MOSTLY_TORCH)
     assert_same(serve(captured), serve(eager))
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
+ISA_VARIABLE = "MINI_VLLM_CPU_ISA"
 PACKAGE_LIBRARY_DIR = Path(__file__).parent / "lib"
 COMMON_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
@@ -65,6 +66,22 @@ def find_compiler() -> str | None:
         if name and shutil.which(name.split()[0]):
             return name
     return None
+
+
+def cache_dir() -> Path:
+    """Where libraries go that cannot lie in the package."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mini_vllm" / "native"
+
+
+def has_vector_kernels(cpu_flags: frozenset[str]) -> bool:
+    """Whether a library with vector instructions is there or can be compiled; asked without loading it, nor torch."""
+    asked = os.environ.get(ISA_VARIABLE, "")
+    levels = [isa for isa, needed in REQUIRED_CPU_FLAGS.items() if needed and needed <= cpu_flags]
+    if not levels or (asked and asked not in levels):
+        return False
+    name = library_name(asked or levels[0])
+    return find_compiler() is not None or any((f / name).is_file() for f in (PACKAGE_LIBRARY_DIR, cache_dir()))
 
 
 def build_library(isa: str, folder: Path) -> Path:

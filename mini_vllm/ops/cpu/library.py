@@ -28,13 +28,16 @@ from mini_vllm.ops.cpu.build import (
     REQUIRED_CPU_FLAGS,
     BuildError,
     build_library,
+    cache_dir,
     library_name,
+)
+from mini_vllm.ops.cpu.build import (
+    ISA_VARIABLE as ISA_VARIABLE,
 )
 from mini_vllm.platforms import current_platform
 
 logger = init_logger(__name__)
 
-ISA_VARIABLE = "MINI_VLLM_CPU_ISA"
 ABI_VERSION = 1
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How kernels are told an element type."""
@@ -126,9 +129,3 @@ def _find_or_build(isa: str) -> tuple[Path, bool]:
             return folder / name, False
     writable = os.access(PACKAGE_LIBRARY_DIR.parent, os.W_OK)
     return build_library(isa, folders[0] if writable else folders[1]), True
-
-
-def cache_dir() -> Path:
-    """Where libraries go that cannot lie in the package."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mini_vllm" / "native"

@@ -172,6 +172,33 @@ MV_API int mv_rms_norm(const RMSNormArgs* a, int64_t rows) {
   });
 }
 
+// x [tokens, heads, width] with strides of tokens and heads, out dense. The first `first_heads` heads have one weight,
+// the others another.
+struct HeadNormArgs {
+  const void *x, *first_weight, *other_weight;
+  void* out;
+  int64_t token_stride, head_stride, heads, first_heads, width, dtype, weight_dtype;
+  double eps;
+};
+
+MV_API int mv_rms_norm_heads(const HeadNormArgs* a, int64_t tokens) {
+  if (a->weight_dtype != a->dtype && a->weight_dtype != kF32) return kUnsupported;
+  return with_dtype(a->dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_rows(tokens, a->heads * a->width, [&](int64_t t) {
+      for (int64_t h = 0; h < a->heads; ++h) {
+        auto* from = static_cast<const T*>(a->x) + t * a->token_stride + h * a->head_stride;
+        T* to = static_cast<T*>(a->out) + (t * a->heads + h) * a->width;
+        const void* weight = h < a->first_heads ? a->first_weight : a->other_weight;
+        const T* none = nullptr;
+        if (a->weight_dtype == a->dtype)
+          norm_row(from, none, static_cast<const T*>(weight), float(a->eps), a->width, to, to);
+        else norm_row(from, none, static_cast<const float*>(weight), float(a->eps), a->width, to, to);
+      }
+    });
+  });
+}
+
 // As RMSNormArgs; weight, and bias unless it is null, of x's type.
 struct LayerNormArgs {
   const void *x, *residual, *weight, *bias;
