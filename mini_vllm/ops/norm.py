@@ -53,7 +53,7 @@ def rms_norm_reference(
 def rms_norm_heads(
     heads: torch.Tensor, first_weight: torch.Tensor, other_weight: torch.Tensor, num_first: int, eps: float
 ) -> torch.Tensor:
-    """Each head of [N, heads, D] normalised by itself, `num_first` of them with one weight [D], the rest with another."""
+    """Each head of [N, heads, D] normalised by itself: `num_first` of them with one weight [D], others with another."""
     if not _RMS_NORM_HEADS.serves(heads) or heads.stride(2) != 1:
         return rms_norm_heads_reference(heads, first_weight, other_weight, num_first, eps)
     tokens, count, width = heads.shape
