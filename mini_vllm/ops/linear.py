@@ -1,7 +1,7 @@
 """Matrix products for layers: weights packed once, used by every batch size.
 
-Where there are native kernels and no bfloat16 instructions, the native float kernel multiplies any number of rows; it is
-also what batch invariance takes. Otherwise weights are oneDNN's: on a CPU, `F.linear` in bf16 converts the weight's
+Where there are native kernels and no bfloat16 instructions, the native float kernel multiplies any number of rows; it
+is also what batch invariance takes. Otherwise weights are oneDNN's: on a CPU, `F.linear` in bf16 converts the weight's
 layout in every call, and at batch 1 that costs more than the product. Packing after loading and calling oneDNN on the
 packed weight is 2.3 times faster there, and never slower in larger batches. In float32 the same call has more overhead
 than MKL's, and pays only where the weight is large.

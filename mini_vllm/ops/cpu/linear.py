@@ -73,7 +73,10 @@ class _Linear(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("n", "k", "k_padded", "panel_bytes")),
-        *((name, ctypes.c_int32) for name in ("kind", "group", "asymmetric", "activation", "bias_dtype", "weight_dtype")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("kind", "group", "asymmetric", "activation", "bias_dtype", "weight_dtype")
+        ),
     ]
 
 
