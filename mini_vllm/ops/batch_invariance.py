@@ -1,8 +1,8 @@
 """Batch invariance, as `--batch-invariant` asks for it: a request's logits are the same bits whatever its neighbours.
 
 While a model is built and loaded inside `batch_invariance(True)`, whoever has a choice of kernels takes one whose
-result for a row depends on that row alone, and refuses with a `ConfigError` where there is none. Nothing is decided per
-call.
+result for a row depends on that row alone, and refuses with a `ConfigError` where there is none. Nothing is decided
+per call.
 """
 
 from collections.abc import Iterator

@@ -12,12 +12,13 @@ from mini_vllm.worker import model_runner
 
 @pytest.fixture(scope="module")
 def load_once() -> Iterator[None]:
-    """Weights are read once per checkpoint, length and attention backend, not once per engine."""
-    loaded: dict[tuple[str, int | None, str | None], torch.nn.Module] = {}
+    """Weights are read once per checkpoint, length, number format and attention backend, not once per engine."""
+    loaded: dict[tuple[object, ...], torch.nn.Module] = {}
     load = model_runner.load_model
 
     def load_model(config: ModelConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        key = config.model, config.max_model_len, kwargs.get("attention_backend")
+        numbers = config.dtype, config.quantization, config.batch_invariant
+        key = config.model, config.max_model_len, *numbers, kwargs.get("attention_backend")
         if key not in loaded:
             loaded[key] = load(config, *args, **kwargs)
         return loaded[key]

@@ -19,6 +19,7 @@ from mini_vllm.config import (
     EngineConfig,
     ModelConfig,
     PreemptionPolicy,
+    QuantizationOptions,
     SchedulerConfig,
     SchedulingPolicy,
 )
@@ -89,6 +90,9 @@ class Rig:
     folder: Path
     max_model_len: int = MAX_MODEL_LEN
     attention_backend: str | None = None
+    dtype: str = "float32"
+    batch_invariant: bool = False
+    quantization: QuantizationOptions | None = None
 
     def __post_init__(self) -> None:
         self._hf_config = HFConfig.from_folder(self.folder)
@@ -108,7 +112,7 @@ class Rig:
         preemption_policy: PreemptionPolicy = "latest",
         enforce_eager: bool = False,
     ) -> EngineCore:
-        """An engine in float32 whose pool has `num_blocks` blocks; `shuffle` seeds a random physical order.
+        """An engine whose pool has `num_blocks` blocks; `shuffle` seeds a random physical order.
 
         enforce_eager: for tests that change the model once the engine is there.
         """
@@ -122,8 +126,12 @@ class Rig:
             policy=policy,
             preemption_policy=preemption_policy,
         )
+        model = ModelConfig(
+            str(self.folder), self._hf_config, self.dtype, max_model_len,
+            quantization=self.quantization, batch_invariant=self.batch_invariant,
+        )  # fmt: skip
         config = EngineConfig(
-            model=ModelConfig(str(self.folder), self._hf_config, "float32", max_model_len),
+            model=model,
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=caching, num_gpu_blocks_override=num_blocks),
             scheduler=scheduling,
             device=DeviceConfig(

@@ -16,6 +16,10 @@ from mini_vllm.layers.linear import (
     RowParallelLinear,
 )
 from mini_vllm.ops import linear as ops
+from mini_vllm.ops.batch_invariance import batch_invariance
+from mini_vllm.ops.cpu import library
+from mini_vllm.ops.cpu import linear as kernels
+from mini_vllm.platforms import CpuPlatform
 from mini_vllm.quantization.base import QuantizationConfig, QuantizeMethodBase, get_quant_config
 from mini_vllm.quantization.unquantized import UnquantizedLinearMethod
 
@@ -246,3 +250,24 @@ def test_nothing_is_packed_where_the_platform_does_not_gain(monkeypatch):
 
 def test_half_precision_stays_plain():
     assert ops.prepack(randn(16, 8).half()) is None
+
+
+@pytest.mark.parametrize(
+    ("isa", "bf16_hardware", "native"),
+    [
+        ("avx512", False, {"float32", "bfloat16", "float16"}),
+        ("avx2", False, {"float32", "bfloat16", "float16"}),
+        ("avx512_bf16", True, {"float32", "float16"}),
+        ("portable", False, set()),
+    ],
+)
+def test_the_native_kernel_multiplies_where_it_is_the_fastest(monkeypatch, isa, bf16_hardware, native):
+    if not kernels.available():
+        pytest.skip("no native kernels on this machine")
+    monkeypatch.setattr(library, "loaded_isa", lambda: isa)
+    monkeypatch.setattr(CpuPlatform, "supports_bf16", lambda self: bf16_hardware)
+    for dtype in ("float32", "bfloat16", "float16"):
+        packed = ops.native_linear(randn(16, 8).to(getattr(torch, dtype)))
+        assert (packed is not None) == (dtype in native)
+        with batch_invariance(True):
+            assert ops.native_linear(randn(16, 8).to(getattr(torch, dtype))) is not None

@@ -42,6 +42,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(LazyTensor, "narrow", record_narrow)
     monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", record_process)
+    monkeypatch.setattr(ops, "native_linear", lambda weight: None)
     monkeypatch.setattr(ops, "prepack", lambda weight: weight.detach().clone())
     monkeypatch.setattr(ops, "packed_linear", torch.nn.functional.linear)
     return seen

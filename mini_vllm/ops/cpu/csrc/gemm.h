@@ -82,11 +82,13 @@ int float_linear(const Linear& linear, const Rows& rows);        // kFloat, and 
 int weight_only_linear(const Linear& linear, const Rows& rows);  // kInt8, kAsIs
 int bf16_linear(const Linear& linear, const Rows& rows);        // kBF16Packed
 
-// Panels are dealt out in ranges of a multiple of `grain`, so that weights are read as streams; body(first, end). There
-// are a few for each thread, and rather some more than one thread too much left at the end.
+// Panels are dealt out in ranges of a multiple of `grain`, so that weights are read as streams; body(first, end). Few
+// rows wait for memory, which a thread alone does not use up: short ranges, so that all end together. With many rows
+// longer ones keep what they share in the cache.
+constexpr int64_t kFewRows = 32;
 template <class Body>
-inline void for_panels(int64_t panels, int64_t grain, Body&& body) {
-  int64_t most = int64_t(num_threads()) * 4;
+inline void for_panels(int64_t panels, int64_t grain, int64_t rows, Body&& body) {
+  int64_t most = int64_t(num_threads()) * (rows <= kFewRows ? 16 : 4);
   int64_t size = std::max(grain, panels / most / grain * grain);
   parallel_for((panels + size - 1) / size, [&](int64_t i) { body(i * size, std::min(panels, (i + 1) * size)); });
 }

@@ -10,8 +10,8 @@
 namespace mv::gemm {
 namespace {
 
-constexpr int64_t kStretch = 64;     // of k
-constexpr int kDirectTiles = 2;      // more tiles than this share widened weights
+constexpr int64_t kStretch = 96;     // of k
+constexpr int kDirectTiles = 1;      // more tiles than this share widened weights
 constexpr int64_t kRowBlock = 512;   // rows whose partial sums are kept
 #if defined(MV_GEMM_AVX512)
 constexpr int kWords = 2, kTileRows = 6;
@@ -236,7 +236,7 @@ void many_rows(const Call& call, int64_t begin, int64_t end) {
 template <class Weights>
 void run(const Call& call) {
   bool few = call.rows.count <= kDirectTiles * kTileRows;
-  for_panels(call.units, 1, [&](int64_t begin, int64_t end) {
+  for_panels(call.units, 1, call.rows.count, [&](int64_t begin, int64_t end) {
     if (few) few_rows<Weights>(call, begin, end);
     else many_rows<Weights>(call, begin, end);
   });

@@ -10,7 +10,7 @@
 namespace mv::gemm {
 namespace {
 
-constexpr int64_t kDirectRows = 16;
+constexpr int64_t kDirectRows = 2 * kMaxGroupRows;
 
 struct Call {
   const Linear& linear;
@@ -152,7 +152,7 @@ void grouped_linear(const Linear& linear, const Rows& rows) {
   QuantizedRows x = quantize_rows(rows, linear, tiling, linear.group);
   int64_t header = linear.asymmetric ? 128 : 64;
   Call call{linear, rows, x, tiling, header, header + linear.group * kPanel / 2};
-  for_panels(linear.num_panels(), 1, [&](int64_t begin, int64_t end) { run_panels(call, begin, end); });
+  for_panels(linear.num_panels(), 1, rows.count, [&](int64_t begin, int64_t end) { run_panels(call, begin, end); });
 }
 
 }  // namespace mv::gemm

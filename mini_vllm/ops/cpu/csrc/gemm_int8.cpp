@@ -208,7 +208,7 @@ void int8_linear(const Linear& linear, const Rows& rows) {
   Tiling tiling(rows.count, many ? kPairRows : kMaxRows);
   QuantizedRows x = quantize_rows(rows, linear, tiling, linear.k_padded);
   Call call{linear, rows, x, tiling, linear.k_padded / 4};
-  for_panels(linear.num_panels(), many ? 2 : 1, [&](int64_t begin, int64_t end) {
+  for_panels(linear.num_panels(), many ? 2 : 1, rows.count, [&](int64_t begin, int64_t end) {
 #if defined(MV_GEMM_AVX512)
     if (many) return pair_tiles(call, begin, end);
 #endif
