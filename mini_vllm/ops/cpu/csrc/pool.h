@@ -44,7 +44,7 @@ inline void parallel_ranges(int64_t count, int64_t grain, Fn&& fn) {
 
 // Memory of the calling thread, 64-byte aligned, kept and grown; valid until the thread asks the same slot again.
 // Slots keep kernels apart that may be active in one thread at once.
-enum ScratchSlot { kScratchAttention, kScratchPlan, kScratchGemm, kScratchQuant, kScratchSlots };
+enum ScratchSlot { kScratchAttention, kScratchPlan, kScratchGemm, kScratchQuant, kScratchSampling, kScratchSlots };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
 }  // namespace mv
