@@ -3,8 +3,8 @@
 //
 // Weights are exp((logit - best) / temperature) in float32, sums of them float64. A row that top-k or min-p limits is
 // narrowed to candidates by the highest of each block: k blocks have maxima at least as high as the k-th highest. A
-// row that top-p alone limits gets a histogram of where its weight lies, so that only the bin in which the nucleus
-// ends has to be looked at one by one. Where a cut is inside either is found by a weighted quickselect.
+// row that top-p alone limits (or min-p, keeping many) gets a histogram of where its weight lies, so that only the bin
+// in which the nucleus ends has to be looked at one by one. The cut itself is found by a weighted quickselect.
 //
 // A row is worked on in slices that do not depend on the threads: many rows are shared out whole, of few rows the
 // slices are. So a token depends neither on the neighbours nor on the number of threads.
@@ -100,8 +100,11 @@ class Row {
         room_(room), parallel_(parallel) {}
 
   int64_t draw(double uniform) {
-    bool limited = limits_.top_k < vocab_ || limits_.min_p > 0;
-    if (limited) return draw_from_candidates(uniform);
+    if (limits_.top_k < vocab_ || limits_.min_p > 0) {
+      floor_ = lowest_kept(std::max(limits_.min_p, kNegligible));
+      float by_top_k = find_block_max();
+      if (limits_.top_k < vocab_ || few_blocks_stay()) return draw_from_candidates(by_top_k, uniform);
+    }
     if (limits_.top_p < 1) return draw_from_nucleus(uniform);
     weigh_all(false);
     return invert(uniform);
@@ -146,7 +149,7 @@ class Row {
     float* weights = room_.weights + b * kBlock;
     F32 total = {};
     for (int64_t i = 0; i < kBlock; i += kLanes) {
-      F32 x = scaled(load(from + i)), w = exp(x);
+      F32 x = scaled(load(from + i)), w = select(x >= floor_, exp(x), F32{});
       store(weights + i, w);
       total += w;
       I32 bin = __builtin_convertvector(bin_of(x), I32);
@@ -156,7 +159,7 @@ class Row {
     for (int64_t i = 0; bins != nullptr && i < kBlock; ++i) bins[at[i]] += weights[i];
   }
 
-  // --- rows that top-p alone limits ---------------------------------------------------------------------------
+  // --- rows that keep many tokens -----------------------------------------------------------------------------
 
   int64_t draw_from_nucleus(double uniform) {
     weigh_all(true);
@@ -170,9 +173,10 @@ class Row {
       if (above + here >= goal || bin == kBins - 1) break;
       above += here;
     }
-    float floor = lowest_kept(kNegligible);
-    int64_t count = collect([&](F32 logits, F32 x) { return (bin_of(x) >= float(bin)) & (bin_of(x) < float(bin + 1)) & (x >= floor); },
-                            nullptr);
+    float floor = std::max(floor_, lowest_kept(kNegligible));
+    float low = float(bin), high = float(bin + 1);
+    auto is_in_bin = [=](F32, F32 x) { return (bin_of(x) >= low) & (bin_of(x) < high) & (x >= floor); };
+    int64_t count = collect(is_in_bin, nullptr);
     if (count == 0) return invert(uniform);  // rounding: the bins before held all there is
     Cut cut = find_cut(copy_logits(count), copy_weights(count), count, goal, above);
     keep(cut, last_kept_tie(cut));
@@ -227,11 +231,18 @@ class Row {
     return 0;
   }
 
-  // --- rows that top-k or min-p limits ------------------------------------------------------------------------
+  // --- rows that keep few tokens ------------------------------------------------------------------------------
 
-  int64_t draw_from_candidates(double uniform) {
-    float floor = lowest_kept(std::max(limits_.min_p, kNegligible)), by_top_k = find_block_max();
-    int64_t count = collect([&](F32 logits, F32 x) { return (logits >= by_top_k) & (x >= floor); }, room_.block_max);
+  // Whether looking at candidates one by one takes less than working on all tokens.
+  bool few_blocks_stay() const {
+    int64_t count = 0;
+    for (int64_t b = 0; b < blocks_; ++b) count += scaled(room_.block_max[b]) >= floor_;
+    return count * 4 <= blocks_;
+  }
+
+  int64_t draw_from_candidates(float by_top_k, double uniform) {
+    auto may_stay = [=, floor = floor_](F32 logits, F32 x) { return (logits >= by_top_k) & (x >= floor); };
+    int64_t count = collect(may_stay, room_.block_max);
     if (limits_.top_k < count) {
       std::fill(room_.mass, room_.mass + count, 1.0f);
       count = filter(find_cut(copy_logits(count), room_.mass, count, double(limits_.top_k), 0), count);
@@ -340,6 +351,7 @@ class Row {
   const float* logits_;
   int64_t vocab_, blocks_;
   float best_;
+  float floor_ = kLowest;  // scaled logits below this do not stay, by min-p
   Limits limits_;
   Room& room_;
   bool parallel_;
