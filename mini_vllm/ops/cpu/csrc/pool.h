@@ -3,7 +3,7 @@
 // should be of similar cost, or the heavy ones first; results must not depend on it.
 //
 // A worker that sleeps through a job costs nothing: the caller waits only for items somebody took. Workers spin for a
-// few dozen microseconds after a job, since the next one is usually close, then sleep. A call while another thread
+// few dozen microseconds (by the clock) after a job, since the next one is usually close, then sleep. A call while another thread
 // uses the pool, from inside an item, or in a child made by fork() (where the workers do not exist) runs its items on
 // the calling thread alone.
 #pragma once
