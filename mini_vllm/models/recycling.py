@@ -1,8 +1,8 @@
 """Memory of weights that is used again instead of being given back and asked for anew.
 
-Each layer is filled, packed and its plain weights freed. Blocks of megabytes are a mapping of their own in the C library:
-freeing one gives its pages back to the system, and the next layer pays for fresh ones, page by page, which takes as
-long as the packing. `recycled_memory` lets the C library keep them.
+Each layer is filled, packed and its plain weights freed. Blocks of megabytes are a mapping of their own in the C
+library: freeing one gives its pages back to the system, and the next layer pays for fresh ones, page by page, which
+takes as long as the packing. `recycled_memory` lets the C library keep them.
 """
 
 import ctypes

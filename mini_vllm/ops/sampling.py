@@ -32,7 +32,11 @@ def draw_tokens(
     """
     tokens = torch.empty(len(rows), dtype=torch.int64)
     wanted = (torch.float32, torch.int64, torch.float64, torch.float64)
-    columns = [best.flatten()[rows], *(column.to(dtype) for column, dtype in zip(limits, wanted, strict=True)), uniforms]
+    columns = [
+        best.flatten()[rows],
+        *(column.to(dtype) for column, dtype in zip(limits, wanted, strict=True)),
+        uniforms,
+    ]
     columns = [column.contiguous() for column in columns]
     _kernel()(
         logits.data_ptr(), logits.stride(0), logits.shape[1], len(rows), rows.data_ptr(),

@@ -161,7 +161,9 @@ def _rescaled(rows: Rows, metadata: SamplingMetadata) -> tuple[Rows, SamplingMet
     scaled = (rows.logits - rows.best) / _to(divisor, rows.logits.device).unsqueeze(1)
     temperature = (metadata.temperature > 0).astype(np.float32)
     scaled = metadata.rescale(scaled)
-    return find_best(scaled, for_draws=not has_native_draws(scaled)), dataclasses.replace(metadata, temperature=temperature)
+    return find_best(scaled, for_draws=not has_native_draws(scaled)), dataclasses.replace(
+        metadata, temperature=temperature
+    )
 
 
 def _draw_plainly(rows: Rows, source: Int64, limits: Limits, uniforms: torch.Tensor) -> torch.Tensor:

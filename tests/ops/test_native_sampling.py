@@ -125,7 +125,9 @@ def test_the_ends_of_the_uniform_range_give_possible_tokens(uniform: float, limi
     top_k, top_p, min_p = limits
     columns = (torch.ones(1), torch.tensor([top_k or 1000]), torch.tensor([top_p]), torch.tensor([min_p]))
     best = logits.amax(dim=1, keepdim=True)
-    token = native.draw_tokens(logits, torch.zeros(1, dtype=torch.int64), best, columns, torch.tensor([uniform]).double())
+    token = native.draw_tokens(
+        logits, torch.zeros(1, dtype=torch.int64), best, columns, torch.tensor([uniform]).double()
+    )
     assert logits[0, int(token)] > -torch.inf
 
 

@@ -10,6 +10,8 @@ import torch
 from mini_vllm import platforms
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.platforms import CpuPlatform, CudaPlatform, current_platform, select_platform
+from mini_vllm.platforms.cgroup import Cgroup
+from mini_vllm.platforms.interface import usable_cores
 from tests.platforms.test_cgroup import GIB, v2, write
 
 

@@ -27,8 +27,8 @@ from mini_vllm.engine.process.messages import (
     Ready,
     Shutdown,
     Start,
-    TokenizerFacts,
     ToEngine,
+    TokenizerFacts,
     decode_from_engine,
     encode,
 )

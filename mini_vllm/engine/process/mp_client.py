@@ -18,8 +18,8 @@ from mini_vllm.engine.process.messages import (
     EngineCoreRequest,
     EngineInfo,
     FromEngine,
-    TokenizerFacts,
     ToEngine,
+    TokenizerFacts,
     encode,
 )
 from mini_vllm.exceptions import ConfigError, InvalidParameterError
