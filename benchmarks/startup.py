@@ -1,10 +1,11 @@
 """From the start of a process to its first token, in phases, beside what cannot be less.
 
 A checkpoint of 1 GB in the shape of Qwen2.5-0.5B is made first (`startup_checkpoint.py`) and read once, so that the
-disk is warm. Then, in turn: `llm`, a process that makes an `LLM` and one token; `serve`, a server and a client that asks
-again every 20 ms until it gets an answer; and the floors: an interpreter that does nothing, one that imports torch,
-one that reads the tokenizer, one that touches every page of the weights. `--against DIR` runs the same with the package
-of another checkout, one after the other. Prints medians and writes one JSON file with every run.
+disk is warm. Then, in turn: `llm`, a process that makes an `LLM` and one token; `serve`, a server and a client that
+asks again every 20 ms until it gets an answer; and the floors: an interpreter that does nothing, one that imports
+torch, one that reads the tokenizer, one that touches every page of the weights.
+`--against DIR` runs the same with the package of another checkout, one after the other. Prints medians and writes one
+JSON file with every run.
 """
 
 import argparse

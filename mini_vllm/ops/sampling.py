@@ -25,19 +25,15 @@ def draw_tokens(
     limits: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     uniforms: torch.Tensor,
 ) -> torch.Tensor:
-    """Token ids `[F]` int64, one drawn from each of the row numbers `rows` `[F]` int64; -1 where its best is not finite.
+    """Token ids `[F]` int64, one drawn from each of the row numbers `rows` `[F]` int64; -1 if its best is not finite.
 
     logits: `[R, V]`, for which `has_native_draws` holds. best: `[R, 1]`, the highest of each row. uniforms: `[F]`
     float64. limits: temperature float32, top_k int64 (V is off), top_p and min_p float64, of F elements each.
     """
     tokens = torch.empty(len(rows), dtype=torch.int64)
     wanted = (torch.float32, torch.int64, torch.float64, torch.float64)
-    columns = [
-        best.flatten()[rows],
-        *(column.to(dtype) for column, dtype in zip(limits, wanted, strict=True)),
-        uniforms,
-    ]
-    columns = [column.contiguous() for column in columns]
+    typed = (column.to(dtype) for column, dtype in zip(limits, wanted, strict=True))
+    columns = [column.contiguous() for column in (best.flatten()[rows], *typed, uniforms)]
     _kernel()(
         logits.data_ptr(), logits.stride(0), logits.shape[1], len(rows), rows.data_ptr(),
         *(column.data_ptr() for column in columns), tokens.data_ptr(),

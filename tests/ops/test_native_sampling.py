@@ -1,4 +1,4 @@
-"""The native draws against the torch path and against the slow oracle: the same tokens, at every level that runs here."""
+"""The native draws against the torch path and against the slow oracle: the same tokens, at every level there is."""
 
 from collections.abc import Iterator
 from unittest import mock
