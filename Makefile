@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo serve test lint format typecheck unit test-slow bench-step bench-serving bench-fidelity clean
+.PHONY: help env env-dev demo serve test lint format typecheck unit test-slow test-asan bench-step bench-serving bench-fidelity clean
 
 help:  ## Show this list
 	@echo "usage: make <target>"; echo
@@ -45,6 +45,9 @@ unit: env-dev
 
 test-slow: env-dev  ## The long tests: many random runs, large shapes
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-asan: env-dev  ## The native kernels' tests under the address, undefined-behaviour and thread sanitizers (slow)
+	@scripts/test_sanitized.sh
 
 bench-step: env  ## Measure the cost of a step outside the model; writes benchmarks/results/
 	@$(BIN)/python benchmarks/step_cost.py

@@ -41,6 +41,7 @@ from mini_vllm.exceptions import CheckpointError, ConfigError
 from mini_vllm.logger import init_logger
 
 if TYPE_CHECKING:
+    from mini_vllm.engine.process.messages import TokenizerFacts
     from mini_vllm.hf_config import HFConfig
     from mini_vllm.text.tokenizer import Tokenizer
 
@@ -348,7 +349,7 @@ class EngineArgs:
 
         return gguf_hf_config(open_gguf(self.model_folder))
 
-    def create_engine_config(self, tokenizer: "Tokenizer | None" = None) -> EngineConfig:
+    def create_engine_config(self, tokenizer: "Tokenizer | TokenizerFacts | None" = None) -> EngineConfig:
         """Read config.json, resolve what is 'auto' except what needs memory to be measured, and split it up.
 
         tokenizer: one that is loaded already, for its vocabulary size. Weights of a model on the hub are fetched last,

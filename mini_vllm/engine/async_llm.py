@@ -110,12 +110,20 @@ class AsyncLLM:
         for name, value in limits.items():
             if not value > 0:
                 raise InvalidParameterError(name, f"must be more than 0, got {value!r}")
-        tokenizer, make_input_processor = await asyncio.to_thread(read_text_half, args)
-        client: AsyncCoreClient
-        if in_process:
-            client = await ThreadCoreClient.start(args, tokenizer)
-        else:
-            client = await ProcessCoreClient.start(args, watchdog_timeout, restart)
+        # A process of its own imports torch while the tokenizer is read here.
+        process = None if in_process else ProcessCoreClient(args, watchdog_timeout, restart)
+        try:
+            tokenizer, make_input_processor = await asyncio.to_thread(read_text_half, args)
+            client: AsyncCoreClient
+            if process is None:
+                client = await ThreadCoreClient.start(args, tokenizer)
+            else:
+                await process.start_engine(tokenizer)
+                client = process
+        except BaseException:
+            if process is not None:
+                process.shutdown()
+            raise
         return cls(
             client,
             make_input_processor(max_model_len=client.info.max_model_len, clock=time.monotonic),

@@ -9,10 +9,14 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from mini_vllm.logger import init_logger
 from mini_vllm.platforms.cgroup import Cgroup
 
 if TYPE_CHECKING:
     import torch
+
+
+logger = init_logger(__name__)
 
 
 class Platform(ABC):
@@ -82,17 +86,24 @@ class Platform(ABC):
         return
 
     def num_threads(self) -> int:
-        """CPU threads to compute with: `OMP_NUM_THREADS` if set, else the cores this process may run on."""
+        """CPU threads to compute with: the cores this process may run on, or `OMP_NUM_THREADS` if that is fewer."""
         asked = os.environ.get("OMP_NUM_THREADS", "")
         if asked.isdecimal() and int(asked) > 0:
-            return int(asked)
+            return min(int(asked), usable_cores())
         return usable_cores()
 
     def set_num_threads(self, num_threads: int | None = None) -> int:
-        """Let torch compute with `num_threads` (None: `num_threads()`) CPU threads; returns how many."""
+        """Let torch compute with `num_threads` (None: `num_threads()`) CPU threads; returns how many.
+
+        Never more than there are cores: threads that wait for one that has no core make a step many times slower.
+        """
         import torch
 
         count = num_threads or self.num_threads()
+        if count > (cores := usable_cores()):
+            logger.warning("num_threads: %d is more than the %d cores this process may use; taking %d",
+                           count, cores, cores)  # fmt: skip
+            count = cores
         if torch.get_num_threads() != count:
             torch.set_num_threads(count)
         return count

@@ -5,8 +5,9 @@ logits; greedy draws take the argmax and are done; the others are divided by the
 (`sampling.truncation`), and get one uniform number each, with which the cumulative distribution is inverted in order of
 token id (`sampling.inversion`). Every operation is row by row, so a token does not depend on the neighbours.
 
-Nothing passes over a vocabulary for rows that do not need it: greedy rows are reduced once, those that keep few tokens
-are looked at in the blocks where these are.
+Where there is a native kernel it draws (`ops.sampling`), after a pass for the highest of each row. In torch nothing
+passes over a vocabulary for rows that do not need it: greedy rows are reduced once, those that keep few tokens are
+looked at in the blocks where these are.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from mini_vllm.ops.argmax import argmax, finite_argmax, has_native_argmax
+from mini_vllm.ops.sampling import draw_tokens, has_native_draws
 from mini_vllm.sampling import inversion, truncation
 from mini_vllm.sampling.metadata import SamplingMetadata
 from mini_vllm.sampling.truncation import Limits
@@ -71,7 +73,7 @@ class Sampler:
             logits = metadata.edit(logits)
         if metadata.all_greedy and metadata.logits_row is None and has_native_argmax(logits):
             return finite_argmax(logits)  # NO_TOKEN is -1 as well
-        rows = find_best(logits, for_draws=not metadata.all_greedy)
+        rows = find_best(logits, for_draws=not metadata.all_greedy and not has_native_draws(logits))
         ids, best = rows.best_ids, rows.best
         if metadata.logits_row is not None:
             source = _to(metadata.logits_row, logits.device)
@@ -114,12 +116,11 @@ def _draw_all(rows: Rows, ids: torch.Tensor, metadata: SamplingMetadata) -> torc
         rows, metadata = _rescaled(rows, metadata)
     source = numbers if metadata.logits_row is None else metadata.logits_row[numbers]
     limits, is_cut = _limits(metadata, numbers, vocab, device)
-    drawn = torch.empty(len(numbers), dtype=torch.int64, device=device)
-    for cut, draw in ((False, _draw_plainly), (True, _draw_truncated)):
-        which = np.flatnonzero(is_cut == cut)
-        if len(which):
-            index = _to(which, device)
-            drawn[index] = draw(rows, source[which], limits.rows(index), uniforms[index])
+    if has_native_draws(rows.logits):
+        columns = (limits.temperature, limits.top_k, limits.top_p, limits.min_p)
+        drawn = draw_tokens(rows.logits, _to(source, device), rows.best, columns, uniforms)
+    else:
+        drawn = _draw_in_torch(rows, source, limits, is_cut, uniforms)
     if metadata.rescale is not None:
         drawn = drawn.masked_fill((rows.best - rows.best)[_to(source, device)].squeeze(1) != 0, NO_TOKEN)
     if len(numbers) == len(ids):
@@ -127,6 +128,19 @@ def _draw_all(rows: Rows, ids: torch.Tensor, metadata: SamplingMetadata) -> torc
     ids = ids.clone()
     ids[_to(numbers, device)] = drawn
     return ids
+
+
+def _draw_in_torch(
+    rows: Rows, source: Int64, limits: Limits, is_cut: npt.NDArray[np.bool_], uniforms: torch.Tensor
+) -> torch.Tensor:
+    """Draws `[F]` from the row numbers `source`, without a native kernel. is_cut `[F]`: which are truncated at all."""
+    drawn = torch.empty(len(source), dtype=torch.int64, device=rows.logits.device)
+    for cut, draw in ((False, _draw_plainly), (True, _draw_truncated)):
+        which = np.flatnonzero(is_cut == cut)
+        if len(which):
+            index = _to(which, drawn.device)
+            drawn[index] = draw(rows, source[which], limits.rows(index), uniforms[index])
+    return drawn
 
 
 def _limits(
@@ -148,7 +162,10 @@ def _rescaled(rows: Rows, metadata: SamplingMetadata) -> tuple[Rows, SamplingMet
     divisor[source] = np.where(metadata.temperature > 0, metadata.temperature, 1.0)  # draws of a row have the same
     scaled = (rows.logits - rows.best) / _to(divisor, rows.logits.device).unsqueeze(1)
     temperature = (metadata.temperature > 0).astype(np.float32)
-    return find_best(metadata.rescale(scaled)), dataclasses.replace(metadata, temperature=temperature)
+    scaled = metadata.rescale(scaled)
+    return find_best(scaled, for_draws=not has_native_draws(scaled)), dataclasses.replace(
+        metadata, temperature=temperature
+    )
 
 
 def _draw_plainly(rows: Rows, source: Int64, limits: Limits, uniforms: torch.Tensor) -> torch.Tensor:

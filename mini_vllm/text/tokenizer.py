@@ -108,7 +108,14 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Highest id + 1, added tokens included (ids may have holes)."""
+        """Highest id + 1, added tokens included (ids may have holes).
+
+        Where each of the ids below the number of tokens has a token, that number it is, and no list of all has to be
+        made, which is half a second for a large vocabulary.
+        """
+        count: int = self.backend.get_vocab_size(with_added_tokens=True)
+        if count and all(self.backend.id_to_token(token_id) is not None for token_id in range(count - 1, -1, -1)):
+            return count
         return max(self.get_vocab().values(), default=-1) + 1
 
     def get_vocab(self) -> dict[str, int]:

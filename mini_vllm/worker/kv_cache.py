@@ -5,9 +5,12 @@ in blocks of `block_size` tokens; block 0 is the null block, which no request ev
 holds `(num_blocks - 1) * block_size` tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mini_vllm.config import CacheConfig
 from mini_vllm.core.interfaces import KVCacheConfig, KVCacheGroup
@@ -172,7 +175,14 @@ def gib(num_bytes: int) -> str:
 def allocate_kv_caches(
     shapes: dict[str, tuple[int, ...]], dtype: "torch.dtype", device: "torch.device"
 ) -> dict[str, "torch.Tensor"]:
-    """One tensor per layer, zeros, which an operating system hands out only page by page as they are written."""
+    """One tensor per layer, zeros. In host memory the system hands them out page by page as they are written: torch
+    would write the zeros itself, which is seconds for a large pool that the first requests hardly use."""
     import torch
 
-    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    if device.type != "cpu":
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    caches = {}
+    for name, shape in shapes.items():
+        untouched = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8))
+        caches[name] = untouched.view(dtype).view(shape)
+    return caches

@@ -27,6 +27,7 @@ from mini_vllm.engine.process.messages import (
     Shutdown,
     Start,
     StopRequests,
+    TokenizerFacts,
     UtilityCall,
     UtilityResult,
     decode_from_engine,
@@ -132,7 +133,7 @@ def test_the_news_of_a_step_reach_the_shell_as_they_were(outputs: list[EngineCor
 @pytest.mark.parametrize(
     "message",
     [AbortRequests(["a", "b"]), StopRequests([]), UtilityCall(7, "step_records", [None]), Shutdown(),
-     Start({"model": None, "max_logprobs": 20}, 1.5)],
+     Start({"model": None, "max_logprobs": 20}, 1.5, TokenizerFacts("a folder", 7))],
 )  # fmt: skip
 def test_the_other_messages_reach_the_engine(message: Any) -> None:
     assert decode_to_engine(encode(message)) == message
@@ -190,7 +191,7 @@ def test_classes_among_the_arguments_are_refused_and_names_are_not() -> None:
 
 def test_the_arguments_of_an_engine_survive_the_way() -> None:
     args = engine_args(max_num_seqs=3, gpu_memory_utilization=0.5)
-    start = decode_to_engine(encode(Start(portable_args(args), 1.0)))
+    start = decode_to_engine(encode(Start(portable_args(args), 1.0, TokenizerFacts("", 0))))
     assert type(args).from_kwargs(**start.engine_args) == args
 
 

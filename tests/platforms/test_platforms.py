@@ -10,6 +10,8 @@ import torch
 from mini_vllm import platforms
 from mini_vllm.exceptions import ConfigError
 from mini_vllm.platforms import CpuPlatform, CudaPlatform, current_platform, select_platform
+from mini_vllm.platforms.cgroup import Cgroup
+from mini_vllm.platforms.interface import usable_cores
 from tests.platforms.test_cgroup import GIB, v2, write
 
 
@@ -74,6 +76,8 @@ def test_a_machine_without_proc_still_has_memory_and_a_dtype(tmp_path: Path) -> 
 
 def test_num_threads_follows_omp_num_threads_when_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     platform = cpu(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("mini_vllm.platforms.interface.Cgroup", lambda: Cgroup(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert platform.num_threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -81,11 +85,23 @@ def test_num_threads_follows_omp_num_threads_when_set(monkeypatch: pytest.Monkey
     assert platform.num_threads() == 1
 
 
+def test_there_are_never_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cpu(tmp_path).num_threads() == 1
+    before = torch.get_num_threads()
+    try:
+        assert cpu(tmp_path).set_num_threads(64) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_set_num_threads_reaches_torch(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
-        assert cpu(tmp_path).set_num_threads(2) == 2
-        assert torch.get_num_threads() == 2
+        count = min(2, usable_cores())
+        assert cpu(tmp_path).set_num_threads(count) == count
+        assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
 

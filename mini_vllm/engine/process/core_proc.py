@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from importlib import import_module
 from types import FrameType
 
 import zmq
@@ -113,11 +114,12 @@ def main(folder: str, parent_pid: int) -> int:
 
 
 def _serve(connection: Connection) -> int:
+    import_module("mini_vllm.executor.uniproc")  # torch, while the parent still reads the tokenizer
     start = next(iter(connection.receive(block=True)))
     if not isinstance(start, Start):
         return 0
     connection.heartbeat = start.heartbeat
-    config = EngineArgs.from_kwargs(**start.engine_args).create_engine_config()
+    config = EngineArgs.from_kwargs(**start.engine_args).create_engine_config(start.tokenizer)
     core = start_core(config)
     try:
         warm_up(core)

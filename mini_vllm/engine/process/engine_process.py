@@ -28,6 +28,7 @@ from mini_vllm.engine.process.messages import (
     Shutdown,
     Start,
     ToEngine,
+    TokenizerFacts,
     decode_from_engine,
     encode,
 )
@@ -75,7 +76,7 @@ class EngineProcess:
         self._loop.add_reader(self._inbox.FD, self._read)
         self._waiter = threading.Thread(target=self._wait, name="mini_vllm::engine-waiter", daemon=True)
         self._waiter.start()
-        self.send(Start(engine_args, heartbeat=self._check_seconds))
+        self._engine_args = engine_args
 
     @property
     def pid(self) -> int:
@@ -94,8 +95,10 @@ class EngineProcess:
         command = [sys.executable, "-P", "-m", "mini_vllm.engine.process.core_proc", self._folder, str(os.getpid())]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment)
 
-    async def wait_ready(self) -> EngineInfo:
-        """Until the engine takes requests. Raises what kept it from starting, as the error it was."""
+    async def start_engine(self, tokenizer: TokenizerFacts) -> EngineInfo:
+        """Let it build its engine, and wait until that takes requests. Raises what kept it from starting, as the error
+        it was. Until this is called, the process only imports what it is going to need."""
+        self.send(Start(self._engine_args, self._check_seconds, tokenizer))
         while True:
             try:
                 message = await self.receive()

@@ -97,14 +97,23 @@ class Shutdown(msgspec.Struct, array_like=True, tag=4):
     """Stop now, whatever is running."""
 
 
+class TokenizerFacts(msgspec.Struct, frozen=True):
+    """Where a tokenizer was read, and its highest id + 1."""
+
+    name_or_path: str
+    vocab_size: int
+
+
 class Start(msgspec.Struct, array_like=True, tag=5):
     """The first message to a process: build an engine of these `EngineArgs`.
 
     heartbeat: seconds after which an idle engine says that it is alive.
+    tokenizer: what the engine has to know of it; the text stays with the sender.
     """
 
     engine_args: dict[str, Any]
     heartbeat: float
+    tokenizer: "TokenizerFacts"
 
 
 ToEngine = AddRequests | AbortRequests | StopRequests | UtilityCall | Shutdown | Start

@@ -13,9 +13,18 @@ import msgspec
 
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.process.engine_process import EngineProcess
-from mini_vllm.engine.process.messages import AddRequests, EngineCoreRequest, EngineInfo, FromEngine, ToEngine, encode
+from mini_vllm.engine.process.messages import (
+    AddRequests,
+    EngineCoreRequest,
+    EngineInfo,
+    FromEngine,
+    ToEngine,
+    TokenizerFacts,
+    encode,
+)
 from mini_vllm.exceptions import ConfigError, InvalidParameterError
 from mini_vllm.logger import init_logger
+from mini_vllm.text.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
 
@@ -25,7 +34,10 @@ MAX_CRASHES, CRASH_WINDOW_SECONDS = 3, 300.0
 
 
 class ProcessCoreClient:
-    """An `AsyncCoreClient` whose core is in another process. restarts: start another when it dies."""
+    """An `AsyncCoreClient` whose core is in another process. restarts: start another when it dies.
+
+    The process starts at once, and imports meanwhile; its engine starts when the tokenizer is known.
+    """
 
     info: EngineInfo
 
@@ -36,19 +48,16 @@ class ProcessCoreClient:
         self._crashes: deque[float] = deque(maxlen=MAX_CRASHES)
         self._is_shut_down = False
         self._process = EngineProcess(self._engine_args, watchdog_timeout)
+        self._tokenizer: TokenizerFacts
 
-    @classmethod
-    async def start(
-        cls, args: EngineArgs, watchdog_timeout: float = DEFAULT_WATCHDOG_TIMEOUT, restarts: bool = False
-    ) -> "ProcessCoreClient":
-        """Start a process and return once its engine is ready. Raises what kept it from starting."""
-        client = cls(args, watchdog_timeout, restarts)
+    async def start_engine(self, tokenizer: Tokenizer) -> None:
+        """Return once the engine is ready. Raises what kept it from starting; the process is gone then."""
+        self._tokenizer = TokenizerFacts(tokenizer.name_or_path, tokenizer.vocab_size)
         try:
-            client.info = await client._process.wait_ready()
+            self.info = await self._process.start_engine(self._tokenizer)
         except BaseException:
-            client.shutdown()
+            self.shutdown()
             raise
-        return client
 
     @property
     def pid(self) -> int:
@@ -82,7 +91,7 @@ class ProcessCoreClient:
         logger.warning("starting the engine again")
         self._process.shutdown()
         self._process = EngineProcess(self._engine_args, self._watchdog_timeout)
-        self.info = await self._process.wait_ready()
+        self.info = await self._process.start_engine(self._tokenizer)
 
     def shutdown(self) -> None:
         self._is_shut_down = True

@@ -15,6 +15,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -25,10 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.async_llm import AsyncLLM
-from mini_vllm.entrypoints.server.app import build_app
 from mini_vllm.entrypoints.server.context import RequestContext
 from mini_vllm.entrypoints.server.errors import ApiError
-from mini_vllm.entrypoints.server.handlers import error_response
 from mini_vllm.entrypoints.server.observers import Observers
 from mini_vllm.entrypoints.server.protocol import limited_protocol
 from mini_vllm.entrypoints.server.serve_args import ServeArgs
@@ -38,6 +37,7 @@ from mini_vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
+_APP = "mini_vllm.entrypoints.server.app"
 _FLUSH_SECONDS = 5
 """For connections to take the end of their answers once no request is left."""
 _DEAD_SECONDS = 1.0
@@ -94,6 +94,11 @@ class _Life:
         return (self.args.served_model_name or (self.model_name,))[0]
 
     async def _start_engine(self, observers: Observers) -> AsyncLLM:
+        """The web framework, a second or two of imports, is loaded while the engine's process does the same."""
+        engine, _ = await asyncio.gather(self._make_engine(observers), asyncio.to_thread(import_module, _APP))
+        return engine
+
+    async def _make_engine(self, observers: Observers) -> AsyncLLM:
         args = self.args
         return await AsyncLLM.from_engine_args(
             self.engine_args,
@@ -111,6 +116,8 @@ class _Life:
     async def _serve(self, engine: AsyncLLM, observers: Observers, sock: socket.socket) -> int:
         state = make_state(engine, self.args, self.model_name)
         state.metrics = observers.watch(engine)
+        from mini_vllm.entrypoints.server.app import build_app  # there since `_start_engine`
+
         self.app = build_app(state)
         gc.freeze()  # what is there now stays; a full collection that looks at it stops every stream for 100 ms
         self.announce(state, sock)
@@ -190,6 +197,8 @@ async def _first(*work: Awaitable[Any]) -> int:
 async def _starting(scope: Scope, receive: Receive, send: Send) -> None:
     """The application until the engine is ready."""
     scope.setdefault("state", {})["context"] = RequestContext(secrets.token_hex(16), time.monotonic())
+    from mini_vllm.entrypoints.server.handlers import error_response  # the web framework: not before it is needed
+
     error = ApiError(503, "The server is starting: its model is being loaded.", code="starting")
     await error_response(Request(scope), error)(scope, receive, send)
 

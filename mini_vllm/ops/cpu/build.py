@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+FLAGS_VARIABLE = "MINI_VLLM_CPU_CXXFLAGS"
 SOURCE_DIR = Path(__file__).parent / "csrc"
 ISA_VARIABLE = "MINI_VLLM_CPU_ISA"
 PACKAGE_LIBRARY_DIR = Path(__file__).parent / "lib"
@@ -51,9 +52,14 @@ def levels_of_machine() -> list[str]:
     return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
 
 
+def compiler_flags(isa: str) -> list[str]:
+    """Of one level, and after them what $MINI_VLLM_CPU_CXXFLAGS adds (sanitizers, say)."""
+    return [*COMMON_FLAGS, *ISA_FLAGS[isa], *os.environ.get(FLAGS_VARIABLE, "").split()]
+
+
 def library_name(isa: str) -> str:
     """The file name that a library of today's sources has."""
-    digest = hashlib.sha256(" ".join((*COMMON_FLAGS, *ISA_FLAGS[isa], platform.machine())).encode())
+    digest = hashlib.sha256(" ".join((*compiler_flags(isa), platform.machine())).encode())
     for path in sorted(SOURCE_DIR.iterdir()):
         if path.suffix in (".h", ".cpp"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -101,7 +107,7 @@ def build_library(isa: str, folder: Path) -> Path:
 
 def compile_all(compiler: list[str], isa: str, target: Path) -> None:
     """Every source to an object, as many at once as there are cores, then all into `target`."""
-    flags = [*COMMON_FLAGS, *ISA_FLAGS[isa]]
+    flags = compiler_flags(isa)
     sources = sorted(SOURCE_DIR.glob("*.cpp"))
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     commands = [

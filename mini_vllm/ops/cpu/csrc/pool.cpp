@@ -9,6 +9,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -31,8 +32,23 @@ inline void relax() {
 #endif
 }
 
-constexpr int kSpins = 2000;       // some tens of microseconds
-constexpr int kCallerSpins = 200;  // then the caller lends its core: a worker may have lost its own
+// By time, not by count: one pause takes 10 to 140 cycles, depending on the processor.
+using Clock = std::chrono::steady_clock;
+constexpr auto kSpinTime = std::chrono::microseconds(60);
+constexpr auto kCallerSpinTime = std::chrono::microseconds(15);  // then it lends its core: a worker may have lost its own
+constexpr int kPausesPerLook = 16;                               // at the clock
+
+// Waits until `done()`, at most for `limit`; returns whether it is.
+template <class Done>
+inline bool spin_until(const Done& done, Clock::duration limit) {
+  if (done()) return true;
+  for (auto end = Clock::now() + limit; Clock::now() < end;)
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      relax();
+      if (done()) return true;
+    }
+  return false;
+}
 
 class Pool {
  public:
@@ -70,10 +86,9 @@ class Pool {
       wake_.notify_all();
     }
     take_items();
-    for (int spins = 0; done_.load(std::memory_order_acquire) != uint32_t(count); ++spins) {
-      if (spins < kCallerSpins) relax();
-      else std::this_thread::yield();
-    }
+    auto is_done = [&] { return done_.load(std::memory_order_acquire) == uint32_t(count); };
+    if (!spin_until(is_done, kCallerSpinTime))
+      while (!is_done()) std::this_thread::yield();
     inside_ = false;
     busy_.unlock();
   }
@@ -103,12 +118,8 @@ class Pool {
     inside_ = true;
     uint32_t seen = 0;
     while (!stopping_.load(std::memory_order_acquire)) {
-      int spins = 0;
-      while (uint32_t(ticket_.load(std::memory_order_acquire) >> 32) == seen && spins < kSpins) {
-        relax();
-        ++spins;
-      }
-      if (spins == kSpins) sleep_until_after(seen);
+      auto is_new = [&] { return uint32_t(ticket_.load(std::memory_order_acquire) >> 32) != seen; };
+      if (!spin_until(is_new, kSpinTime)) sleep_until_after(seen);
       seen = uint32_t(ticket_.load(std::memory_order_acquire) >> 32);
       take_items();
     }

@@ -3,7 +3,7 @@
 // should be of similar cost, or the heavy ones first; results must not depend on it.
 //
 // A worker that sleeps through a job costs nothing: the caller waits only for items somebody took. Workers spin for a
-// few dozen microseconds after a job, since the next one is usually close, then sleep. A call while another thread
+// few dozen microseconds (by the clock) after a job, since the next one is usually close, then sleep. A call while another thread
 // uses the pool, from inside an item, or in a child made by fork() (where the workers do not exist) runs its items on
 // the calling thread alone.
 #pragma once
@@ -44,7 +44,7 @@ inline void parallel_ranges(int64_t count, int64_t grain, Fn&& fn) {
 
 // Memory of the calling thread, 64-byte aligned, kept and grown; valid until the thread asks the same slot again.
 // Slots keep kernels apart that may be active in one thread at once.
-enum ScratchSlot { kScratchAttention, kScratchPlan, kScratchGemm, kScratchQuant, kScratchSlots };
+enum ScratchSlot { kScratchAttention, kScratchPlan, kScratchGemm, kScratchQuant, kScratchSampling, kScratchSlots };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
 }  // namespace mv
