@@ -37,8 +37,9 @@ from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.llm_engine import LLMEngine
 from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
 from mini_vllm.simulator.calibrate import calibrate
-from mini_vllm.simulator.cost import FittedCost, StepLoad
+from mini_vllm.simulator.cost import StepLoad
 from mini_vllm.simulator.driver import simulate
+from mini_vllm.simulator.fitted import FittedCost
 from mini_vllm.simulator.options import SimulationOptions
 from mini_vllm.simulator.results import SimulationResult
 

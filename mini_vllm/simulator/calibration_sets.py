@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from mini_vllm.exceptions import ConfigError
 
 LEAST_MODEL_LEN = 16
-ALL_SIZES = 17
-"""Up to this, prompts of every length are measured alone; above it each is a quarter longer than the one before."""
+ALONE_GROWTH = 1.4
+"""Ratio of lengths of prompts that are measured alone. (Every small number of tokens occurs in draining batches.)"""
 
 LARGEST_BATCH = 256
-LONGEST_DRAIN = 32
+LONGEST_DRAIN = 16
 """Steps in which a batch loses its requests."""
 
 
@@ -81,9 +81,9 @@ class SetMaker:
             yield RequestSet("alone", f"a prompt of {length} tokens", [Staged(0, length, 1)])
 
     def _several(self) -> Iterator[RequestSet]:
-        for count in (2, 4, 8, 16, 32):
-            for length in (8, 32, 128, 512):
-                if count <= self.max_batch and count * length <= self.budget and length < self.max_len:
+        for count in (2, 8, 32):
+            for length in (8, 48, min(self.budget, 2048) // count):
+                if count <= self.max_batch and length < self.max_len and count * length <= self.budget:
                     name = f"{count} prompts of {length} tokens"
                     yield RequestSet(f"{count} prompts", name, [Staged(0, length, 1)] * count)
 
@@ -93,7 +93,7 @@ class SetMaker:
             yield RequestSet("batches", f"a batch of {high}", self._drain(low, high, 4))
 
     def _long_contexts(self) -> Iterator[RequestSet]:
-        for share, size in ((4, 16), (2, 16), (1, 8), (8, 64), (4, 64), (4, 256)):
+        for share, size in ((4, 16), (1, 8), (8, 64), (8, 256)):
             high = min(size, self.max_batch)
             context = self.max_len // share - 2 * LONGEST_DRAIN
             if context > LEAST_MODEL_LEN:
@@ -114,8 +114,8 @@ class SetMaker:
     def _mixed(self) -> Iterator[RequestSet]:
         """Few to many requests decode; every other step a prompt comes in beside them."""
         longest = min(self.max_len // 2, self.budget // 2)
-        for rows in (1, 4, 12, 28, 60, 120, 250):
-            lengths = [length for length in (8, 24, 64, 160, 400) if length <= longest]
+        for rows in (1, 6, 20, 60, 120, 250):
+            lengths = [length for length in (8, 32, 100, 250) if length <= longest]
             prompts = [Staged(2 * place + 2, length, 1) for place, length in enumerate(lengths)]
             steps = 2 * len(lengths) + 2
             if rows < self.max_batch and 16 + steps < self.max_len:
@@ -125,7 +125,7 @@ class SetMaker:
     def _after_prefixes(self) -> Iterator[RequestSet]:
         """A prefix that stays in the cache, and then prompts that go on from it."""
         for share in (4, 2):
-            for tail in (16, 64, 192):
+            for tail in (16, 100):
                 prefix = self.max_len // share
                 if tail < min(prefix, self.budget):
                     self._salt += 1
@@ -134,11 +134,12 @@ class SetMaker:
 
 
 def sizes_up_to(limit: int) -> list[int]:
-    """All small sizes, then each a quarter larger, and the limit."""
-    sizes = list(range(1, min(ALL_SIZES, limit) + 1))
-    while sizes[-1] < limit:
-        sizes.append(min(limit, max(sizes[-1] + 1, round(1.25 * sizes[-1]))))
-    return sizes
+    """1, 2, 3, 4, 6, ... up to the limit, and what lies just above a power of two: kernels like to change there."""
+    sizes, size = {limit}, 1.0
+    while size < limit:
+        sizes.add(round(size))
+        size = max(size + 1, ALONE_GROWTH * size)
+    return sorted(sizes | {power + 1 for power in (8, 16, 32, 64) if power < limit})
 
 
 def halves(max_batch: int) -> list[tuple[int, int]]:

@@ -32,7 +32,8 @@ _REWEIGHTINGS = 8
 _HUBER = 2.0
 """Residuals beyond this many times the median one count less."""
 
-_SMOOTHING = 0.03
+_SMOOTHING = 0.2
+"""What a bend of the size of a usual step weighs, where a relative error of 1 weighs 1."""
 
 
 def fit_cost(
