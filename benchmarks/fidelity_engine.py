@@ -1,4 +1,4 @@
-"""The real runs of `simulator_fidelity.py` in this process: an engine, stepped, with requests added when they are due."""
+"""The real runs of `simulator_fidelity.py` in this process: an engine that is stepped, requests added when due."""
 
 import argparse
 import random

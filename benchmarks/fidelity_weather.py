@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from mini_vllm.simulator.calibrate import undisturbed
 from mini_vllm.simulator.cost import StepLoad
 from mini_vllm.simulator.driver import Simulation
 from mini_vllm.simulator.executor import LogicalClock
+from mini_vllm.simulator.fitted import FittedCost
 
 BIN_SECONDS = 0.1
 PROBE_EVERY_SECONDS = 0.02
@@ -122,10 +123,10 @@ def fit_climate(probes: Sequence[tuple[float, float]], kinds: Sequence[Sequence[
 
 
 class WeatheredCost:
-    """A cost model under the weather of a run."""
+    """A fitted cost under the weather of a run, in place of the average weather that was while it was measured."""
 
-    def __init__(self, cost: Any, clock: LogicalClock, weather: Weather) -> None:
-        self._cost, self._clock, self._weather = cost, clock, weather
+    def __init__(self, cost: FittedCost, clock: LogicalClock, weather: Weather) -> None:
+        self._cost, self._clock, self._weather = replace(cost, slowdown=1.0), clock, weather
 
     def step_seconds(self, load: StepLoad) -> float:
         return float(self._cost.step_seconds(load) * self._weather.at(self._clock.now))
@@ -140,4 +141,6 @@ class WeatheredCost:
 def expose(simulation: Simulation, weather: Weather) -> None:
     """Let it run under this weather."""
     for replica in simulation.replicas:
-        replica.executor.cost = WeatheredCost(replica.executor.cost, replica.clock, weather)
+        cost = replica.executor.cost
+        assert isinstance(cost, FittedCost)
+        replica.executor.cost = WeatheredCost(cost, replica.clock, weather)

@@ -60,6 +60,7 @@ def calibrate(
         measured.samples(),
         _about(engine, temperature) | {"detokenize": detokenize, "rounds": measured.rounds},
         adding=measured.adding(),
+        slowdown=measured.slowdown(),
         quality={"disturbed_share": measured.disturbed_share()},
     )
 
@@ -92,6 +93,15 @@ class Measured:
         matrix = np.stack([np.ones(len(lengths)), np.array(lengths, dtype=np.float64)], axis=1)
         fixed, per_token = nonnegative_least_squares(matrix / taken[:, None], np.ones(len(lengths))).tolist()
         return fixed, per_token
+
+    def slowdown(self) -> float:
+        """How much longer steps took on average than undisturbed ones. (A machine that stood still counts as thrice.)"""
+        taken = calm = 0.0
+        for _, seconds in self.steps.values():
+            usual = undisturbed(seconds)
+            taken += sum(min(each, 3 * usual) for each in seconds)
+            calm += usual * len(seconds)
+        return max(1.0, taken / calm) if calm else 1.0
 
     def disturbed_share(self) -> float:
         """Of all steps, those that something else slowed down."""

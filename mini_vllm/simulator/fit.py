@@ -41,11 +41,12 @@ def fit_cost(
     about: dict[str, Any] | None = None,
     *,
     adding: tuple[float, float] = (0.0, 0.0),
+    slowdown: float = 1.0,
     quality: dict[str, float] | None = None,
 ) -> FittedCost:
     """The cost that describes these steps best. Raises `ConfigError` for too few, or for ones without a duration.
 
-    adding: seconds of adding a request, and of each token of its prompt. quality: what else is to be kept there.
+    adding: seconds of adding a request, and of each token of its prompt. slowdown: as in the cost. quality: what else is to be kept there.
     """
     if len(samples) < LEAST_SAMPLES:
         raise ConfigError(f"calibrate: {len(samples)} steps were measured, at least {LEAST_SAMPLES} are needed")
@@ -63,13 +64,14 @@ def fit_cost(
         tuple(zip(sampled, of_samples.tolist(), strict=True)),
         *rates.tolist(),
         *adding,
+        slowdown,
         quality=_quality(matrix @ x, seconds) | (quality or {}),
         about=about or {},
     )
 
 
 def entries_for(sizes: Iterable[int], dense: int, spacing: float) -> list[int]:
-    """Which of the sizes get an entry: all up to `dense`, above it so that neighbours are a ratio apart, and the last."""
+    """Which of the sizes get an entry: all up to `dense`, the last, and in between such that lie a ratio apart."""
     chosen: list[int] = []
     present = sorted(set(sizes))
     for size in present:

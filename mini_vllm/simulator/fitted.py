@@ -30,7 +30,8 @@ class FittedCost:
     token_seconds: of a step of so many tokens. sample_seconds: what sampling so many requests adds to that of one.
     key_seconds: for each key that a request with a single token reads. chunk_seconds, pair_seconds: for each request
     with more tokens, and each (query, key) pair of these. request_seconds, prompt_token_seconds: what adding a request
-    takes, outside of every step. quality: how well it describes what was measured. about: where that was.
+    takes, outside of every step. slowdown: all this is of a machine that nothing else slows; on average it takes as many
+    times as long. quality: how well it describes what was measured. about: where that was.
     """
 
     token_seconds: Table
@@ -40,6 +41,7 @@ class FittedCost:
     pair_seconds: float = 0.0
     request_seconds: float = 0.0
     prompt_token_seconds: float = 0.0
+    slowdown: float = 1.0
     quality: dict[str, float] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     _of_tokens: "_Lookup" = field(init=False, repr=False, compare=False)
@@ -50,6 +52,8 @@ class FittedCost:
             value = getattr(self, f"{name}_seconds")
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{name}_seconds: must be at least 0, got {value!r}")
+        if not 1 <= self.slowdown < math.inf:
+            raise ConfigError(f"slowdown: must be at least 1, got {self.slowdown!r}")
         _require_table("token_seconds", self.token_seconds)
         _require_table("sample_seconds", self.sample_seconds or ((1, 0.0),))
         if not any(seconds for _, seconds in self.token_seconds):
@@ -65,10 +69,10 @@ class FittedCost:
         seconds += self.key_seconds * (sum(starts) + len(starts))
         if load.chunks:
             seconds += self.chunk_seconds * len(load.chunks) + self.pair_seconds * load.prefill_pairs
-        return seconds
+        return seconds * self.slowdown
 
     def add_seconds(self, num_prompt_tokens: int) -> float:
-        return self.request_seconds + self.prompt_token_seconds * num_prompt_tokens
+        return (self.request_seconds + self.prompt_token_seconds * num_prompt_tokens) * self.slowdown
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -76,6 +80,7 @@ class FittedCost:
             "token_seconds": [list(entry) for entry in self.token_seconds],
             "sample_seconds": [list(entry) for entry in self.sample_seconds],
             "seconds_per": {name: getattr(self, f"{name}_seconds") for name in RATES},
+            "slowdown": self.slowdown,
             "quality": self.quality,
             "about": self.about,
         }
@@ -102,7 +107,10 @@ class FittedCost:
         if not isinstance(seconds, dict) or not all(type(seconds.get(name)) in (int, float) for name in RATES):
             raise ConfigError(f"cost_file: {path}: seconds_per must have a number for each of {', '.join(RATES)}")
         rates = {f"{name}_seconds": float(seconds[name]) for name in RATES}
+        if type(data.get("slowdown")) not in (int, float):
+            raise ConfigError(f"cost_file: {path}: slowdown must be a number, got {data.get('slowdown')!r}")
         tables = [_table_of(path, name, data.get(name)) for name in ("token_seconds", "sample_seconds")]
+        rates["slowdown"] = float(data["slowdown"])
         return cls(*tables, **rates, quality=data.get("quality", {}), about=data.get("about", {}))
 
 

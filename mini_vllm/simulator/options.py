@@ -29,8 +29,8 @@ class SimulationOptions:
 
     num_gpu_blocks: of each replica's pool, the null block included. num_kv_groups: block tables per request, as the
     engine has for models whose layers look back differently far. max_model_len: None is unlimited.
-    request_latency_ms: that a request spends outside the engine: network, HTTP, tokenising, and its first token's way
-    back. timeline_points: bins each replica's timeline is kept in, at most. step_records: the newest steps kept in full for
+    request_latency_ms: that a request spends outside the engine: network, HTTP, tokenising, its first token's way back.
+    timeline_points: bins each replica's timeline is kept in, at most. step_records: the newest steps kept in full for
     a Chrome trace.
     """
 

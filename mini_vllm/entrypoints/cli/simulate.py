@@ -274,8 +274,8 @@ def _calibrate(args: argparse.Namespace, given: dict[str, Any]) -> int:
     quality = cost.quality
     if quality["disturbed_share"] > NOISY_SHARE:
         _say(
-            f"warning: something else slowed {quality['disturbed_share']:.0%} of the steps down; the cost is that of the "
-            "others, and real runs beside such company will take longer"
+            f"warning: something else slowed {quality['disturbed_share']:.0%} of the steps; on average all took "
+            f"{cost.slowdown:.2f} times as long as the others, and so they do in the simulation"
         )
     print(
         f"{quality['num_steps']:.0f} steps, median relative error {quality['median_relative_error']:.1%}, 90 % within "
