@@ -54,7 +54,8 @@ def print_quality(cost: FittedCost, others: float) -> None:
     print(
         f"calibrated on {quality['num_steps']:.0f} kinds of steps: median relative error "
         f"{quality['median_relative_error']:.1%}, 90 % within {quality['p90_relative_error']:.1%}; others used "
-        f"{others:.0%} of the CPUs; {quality['disturbed_share']:.0%} of the steps were slowed, all on average by {cost.slowdown:.3f}",
+        f"{others:.0%} of the CPUs; {quality['disturbed_share']:.0%} of the steps were slowed, "
+        f"all on average by {cost.slowdown:.3f}",
         flush=True,
     )
 

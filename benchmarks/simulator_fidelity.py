@@ -122,7 +122,7 @@ class Bench:
 
     def outside(self, client: Client, shape: Shape) -> float:
         """Seconds of a request outside the engine, from first tokens of a server that has nothing else to do."""
-        requests = [Timed(0.0, timed.prompt, 2) for timed in self.requests(shape, IDLE_REQUESTS, None)]
+        requests = [Timed(0.0, timed.prompt[:8], 2) for timed in self.requests(shape, IDLE_REQUESTS, None)]
         predicted = [self.simulate([timed])["median_ttft_ms"] / 1e3 for timed in requests]
         return outside_seconds(client.idle_latencies(requests), predicted)
 

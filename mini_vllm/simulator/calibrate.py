@@ -95,7 +95,7 @@ class Measured:
         return fixed, per_token
 
     def slowdown(self) -> float:
-        """How much longer steps took on average than undisturbed ones. (A machine that stood still counts as thrice.)"""
+        """How much longer steps took on average than undisturbed ones; where the machine stood still, thrice."""
         taken = calm = 0.0
         for _, seconds in self.steps.values():
             usual = undisturbed(seconds)

@@ -46,7 +46,8 @@ def fit_cost(
 ) -> FittedCost:
     """The cost that describes these steps best. Raises `ConfigError` for too few, or for ones without a duration.
 
-    adding: seconds of adding a request, and of each token of its prompt. slowdown: as in the cost. quality: what else is to be kept there.
+    adding: seconds of adding a request, and of each token of its prompt. slowdown: as in the cost. quality: what else
+    is to be kept there.
     """
     if len(samples) < LEAST_SAMPLES:
         raise ConfigError(f"calibrate: {len(samples)} steps were measured, at least {LEAST_SAMPLES} are needed")

@@ -30,8 +30,8 @@ class FittedCost:
     token_seconds: of a step of so many tokens. sample_seconds: what sampling so many requests adds to that of one.
     key_seconds: for each key that a request with a single token reads. chunk_seconds, pair_seconds: for each request
     with more tokens, and each (query, key) pair of these. request_seconds, prompt_token_seconds: what adding a request
-    takes, outside of every step. slowdown: all this is of a machine that nothing else slows; on average it takes as many
-    times as long. quality: how well it describes what was measured. about: where that was.
+    takes, outside of every step. slowdown: all this is of a machine that nothing else slows; on average it takes so
+    many times as long. quality: how well it describes what was measured. about: where that was.
     """
 
     token_seconds: Table
