@@ -1,211 +1,50 @@
 """What the simulator predicts, beside what the engine does: the same requests served in real time and simulated.
 
-A step cost is fitted to this machine by the simulator's own calibration, on request sets that are all there from the
-start. Then the very same engine serves workloads it was not calibrated on, each several times: requests are added when
-they are due and the engine is stepped in between. Each is simulated once, with the same token ids, output lengths and
-times of arrival, and the figures are laid side by side; percentiles come from the same functions. Loads are fractions
-of the capacity that was measured for that shape of requests: what the engine serves when all are there at once.
+A step cost is fitted to this machine by the simulator's own calibration, on request sets of its own. Then the very same
+engine serves workloads it was not calibrated on, each several times: requests are added when they are due and the
+engine is stepped in between. Each is simulated with the same token ids, output lengths and times of arrival, and the
+figures are laid side by side; percentiles come from the same functions. Loads are fractions of the capacity that was
+measured for that shape of requests: what the engine serves when all are there at once. Part `server` sends the same
+requests to `mini-vllm serve` over HTTP.
 
-`steps` compares seconds of the steps the real run took with what the fitted cost says of these very plans: the part of
-an error that comes from the cost and not from the queue. TTFT is counted from when a request was due.
+TTFT is counted from when a request was due. `steps` compares seconds of the steps the real run took with what the
+fitted cost says of these very plans: the part of an error that comes from the cost and not from the queue.
+`same speed` is the error of a simulation whose steps are slowed as the machine was during that run, by a probe that is
+not the engine (`fidelity_weather.py`).
 """
 
 import argparse
 import json
 import logging
-import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fidelity_engine import TEMPERATURE, engine_flags, engine_of, options_of, serve, warm_up
+from fidelity_report import compare, print_quality, print_workload, step_error, summary
 from fidelity_requests import SHAPES, Listed, Shape, Timed, make_requests, small_pool
-from serving_report import table
+from fidelity_server import Client, client_of, outside_seconds
+from fidelity_weather import Climate, Weather, expose, learn
 
-from mini_vllm.bench.datasets import random_tokens
-from mini_vllm.bench.driver import StepNote, core_of, metered
 from mini_vllm.bench.environment import collect_environment
-from mini_vllm.bench.metrics import RequestTimeline, request_metrics
-from mini_vllm.bench.noise import CpuMeter, NoiseReport
+from mini_vllm.bench.noise import CpuMeter
 from mini_vllm.bench.throughput import usable_token_ids
-from mini_vllm.engine.arg_utils import EngineArgs
 from mini_vllm.engine.llm_engine import LLMEngine
-from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
 from mini_vllm.simulator.calibrate import calibrate
-from mini_vllm.simulator.cost import FittedCost, StepLoad
-from mini_vllm.simulator.driver import simulate
+from mini_vllm.simulator.driver import Simulation
+from mini_vllm.simulator.fitted import FittedCost
 from mini_vllm.simulator.options import SimulationOptions
-from mini_vllm.simulator.results import SimulationResult
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FIGURES = {
-    "median_ttft_ms": "TTFT p50 ms", "p99_ttft_ms": "TTFT p99 ms", "median_tpot_ms": "TPOT p50 ms",
-    "median_e2el_ms": "E2E p50 ms", "output_throughput": "tokens/s",
-}  # fmt: skip
-TEMPERATURE = 1.0
-SPIN_SECONDS = 0.001
-"""Sleeping is this inexact; the rest of a wait is spent looking at the clock."""
-WARM_UP_SHARE = 5 / 8
-"""Of the context: as long as the longest prompts."""
 LEAST_REQUESTS = 8
 MOST_REQUESTS = 4000
-
-
-# --- the real engine ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Served:
-    """One real run. duration: from the first arrival to the last token."""
-
-    timelines: list[RequestTimeline]
-    notes: list[StepNote]
-    duration: float
-    num_preemptions: int
-    prefix_cache_hits: int
-    late_seconds: float
-    noise: NoiseReport
-
-    def metrics(self) -> dict[str, Any]:
-        return request_metrics(self.timelines, self.duration) | {
-            "num_steps": len(self.notes),
-            "busy_seconds": sum(note.seconds for note in self.notes),
-            "num_preemptions": self.num_preemptions,
-            "prefix_cache_hits": self.prefix_cache_hits,
-            "median_late_ms": self.late_seconds * 1e3,
-        }
-
-
-def serve(engine: LLMEngine, requests: Sequence[Timed], clock: Callable[[], float] = time.perf_counter) -> Served:
-    """In real time: add what is due, step, until all have ended. Raises `RuntimeError` when one fails."""
-    engine.reset_prefix_cache()
-    core, waiting, lateness = core_of(engine), list(enumerate(requests))[::-1], []
-    timelines: dict[str, RequestTimeline] = {}
-    with metered(core) as meter:
-        before, cpu, begin = core.scheduler.stats(), CpuMeter().start(), clock()
-        while waiting or engine.has_unfinished_requests():
-            now = clock() - begin
-            while waiting and waiting[-1][1].arrival <= now:
-                index, timed = waiting.pop()
-                timelines[str(index)] = RequestTimeline(str(index), len(timed.prompt), begin + timed.arrival)
-                engine.add_request(str(index), {"prompt_token_ids": timed.prompt}, params_of(timed))
-                lateness.append(now - timed.arrival)
-            if engine.has_unfinished_requests():
-                step(engine, meter.notes, timelines, clock)
-            elif waiting:
-                wait_until(begin + waiting[-1][1].arrival, clock)
-        noise, after = cpu.stop(), core.scheduler.stats()
-    done = list(timelines.values())
-    if failed := [timeline.error or timeline.request_id for timeline in done if not timeline.completed]:
-        raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
-    return Served(
-        done, meter.notes, max(timeline.output_times[-1] for timeline in done) - begin - requests[0].arrival,
-        after.num_preemptions - before.num_preemptions, after.prefix_cache_hits - before.prefix_cache_hits,
-        float(np.median(lateness)), noise,
-    )  # fmt: skip
-
-
-def step(
-    engine: LLMEngine, notes: list[StepNote], timelines: dict[str, RequestTimeline], clock: Callable[[], float]
-) -> None:
-    """One step of the engine, noted as calibration notes it."""
-    num_notes, begin = len(notes), clock()
-    outputs = engine.step()
-    now = clock()
-    if len(notes) > num_notes:
-        notes[-1].seconds = now - begin
-    for output in outputs:
-        timeline, completion = timelines[output.request_id], output.outputs[0]
-        if completion.token_ids:
-            timeline.output_times.append(now)
-            timeline.output_counts.append(len(completion.token_ids))
-        if output.finished:
-            timeline.finish_reason, timeline.error = completion.finish_reason, output.error
-
-
-def wait_until(when: float, clock: Callable[[], float]) -> None:
-    if (left := when - clock() - SPIN_SECONDS) > 0:
-        time.sleep(left)
-    while clock() < when:
-        pass
-
-
-def params_of(timed: Timed) -> SamplingParams:
-    return SamplingParams(
-        temperature=TEMPERATURE, max_tokens=timed.output_len, ignore_eos=True, detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )  # fmt: skip
-
-
-@contextmanager
-def engine_of(args: argparse.Namespace, pool: int | None = None) -> Iterator[LLMEngine]:
-    """Of the arguments. pool: KV blocks instead of what the engine takes."""
-    model: dict[str, Any] = {"model": args.model} if args.model else {}
-    engine = LLMEngine.from_engine_args(
-        EngineArgs(
-            **model,
-            num_threads=args.threads,
-            max_num_seqs=args.max_num_seqs,
-            max_model_len=args.max_model_len,
-            num_gpu_blocks_override=pool,
-            disable_log_stats=True,
-        )
-    )
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
-
-
-def options_of(engine: LLMEngine) -> SimulationOptions:
-    """The simulator's arguments, read off the engine that is there."""
-    core = core_of(engine)
-    config, cache = core.scheduler.config, core.executor.kv_cache_config()
-    return SimulationOptions(
-        num_gpu_blocks=cache.num_blocks,
-        block_size=core.scheduler.kv.block_size,
-        num_kv_groups=len(cache.groups),
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        long_prefill_token_threshold=config.long_prefill_token_threshold,
-        max_model_len=engine.max_model_len,
-        enable_prefix_caching=core.scheduler.kv.enable_caching,
-        scheduling_policy=config.policy,
-        preemption_policy=config.preemption_policy,
-    )
-
-
-# --- the comparison -------------------------------------------------------------------------------------------
-
-
-def compare(real: Sequence[dict[str, Any]], simulated: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each figure: mean of the real runs, (max - min) / mean among them, the simulated one, and its error."""
-    rows = {}
-    for name in FIGURES:
-        values = [float(run[name]) for run in real]
-        mean = sum(values) / len(values)
-        rows[name] = {
-            "real": mean,
-            "spread_percent": 100 * (max(values) - min(values)) / mean,
-            "simulated": simulated[name],
-            "error_percent": 100 * (simulated[name] / mean - 1),
-        }
-    return rows
-
-
-def step_error(cost: FittedCost, notes: Sequence[StepNote]) -> dict[str, float]:
-    """Of the steps that a real run took, each beside what the cost says of its plan, in percent."""
-    seconds = np.array([note.seconds for note in notes])
-    predicted = np.array([cost.step_seconds(StepLoad.of(note.chunks, note.sampled_rows)) for note in notes])
-    return {
-        "total_error_percent": float(100 * (predicted.sum() / seconds.sum() - 1)),
-        "median_error_percent": float(100 * np.median(predicted / seconds - 1)),
-    }
+IDLE_REQUESTS = 16
+"""Sent to an idle server one by one, to see what HTTP adds to a first token."""
 
 
 @dataclass
@@ -214,6 +53,7 @@ class Bench:
 
     engine: LLMEngine
     cost: FittedCost
+    climate: Climate
     args: argparse.Namespace
 
     def __post_init__(self) -> None:
@@ -224,53 +64,84 @@ class Bench:
         number = min(max(round(count), LEAST_REQUESTS), MOST_REQUESTS)
         return make_requests(shape, number, rate, self.engine.max_model_len, self.token_ids, self.args.seed)
 
-    def simulate(self, name: str, requests: Sequence[Timed]) -> SimulationResult:
-        return simulate(self.options, Listed(requests, name), self.cost)
+    def simulate(self, requests: Sequence[Timed], weather: Weather | None = None) -> dict[str, Any]:
+        simulation = Simulation(self.options, Listed(requests), self.cost)
+        if weather is not None:
+            expose(simulation, weather)
+        return simulation.run().metrics()
 
-    def shape(self, shape: Shape) -> list[dict[str, Any]]:
-        """All there at once, which measures the capacity; then each load as a fraction of that."""
+    def at_once(self, shape: Shape) -> dict[str, Any]:
+        """All there from the start, which measures the capacity: requests a second."""
         few = self.requests(shape, 2 * self.args.max_num_seqs, None)
         serve(self.engine, few[:LEAST_REQUESTS])  # warms an engine that was not calibrated on
         # the prediction only decides how many requests fill the time; the capacity is measured
-        expected = self.simulate(shape.name, few).metrics()["request_throughput"]
-        at_once = self.workload(shape, self.requests(shape, expected * self.args.seconds / 3, None), None)
-        capacity = float(np.mean([run["request_throughput"] for run in at_once["runs"]]))
-        rows = [at_once]
-        for load in shape.loads:
+        expected = self.simulate(few)["request_throughput"]
+        row = self.workload(shape, self.requests(shape, expected * self.args.seconds / 3, None), None)
+        return row | {"capacity": float(np.median([run["request_throughput"] for run in row["runs"]]))}
+
+    def shape(self, shape: Shape) -> list[dict[str, Any]]:
+        """At once; then each load as a fraction of that capacity."""
+        rows = [self.at_once(shape)]
+        capacity = rows[0]["capacity"]
+        for load in self.args.loads or shape.loads:
             rate = load * capacity
             rows.append(self.workload(shape, self.requests(shape, rate * self.args.seconds, rate), load))
             rows[-1] |= {"rate": rate, "capacity": capacity}
         return rows
 
     def workload(self, shape: Shape, requests: list[Timed], load: float | None) -> dict[str, Any]:
-        """Real runs and the simulated one, and how they compare."""
-        name = f"{shape.name}, at once" if load is None else f"{shape.name}, load {load:g}"
+        """Real runs, the simulated one and those under the weather of each real run, and how they compare."""
         served = [serve(self.engine, requests) for _ in range(self.args.runs)]
-        runs = [run.metrics() for run in served]
-        begin = time.perf_counter()
-        simulated = self.simulate(name, requests).metrics()
+        runs, weathers = [run.metrics() for run in served], [Weather.of(run.probes, self.climate) for run in served]
+        simulated = self.simulate(requests)
         row = {
-            "name": name, "shape": asdict(shape), "load": load, "num_requests": len(requests),
-            "num_gpu_blocks": self.options.num_gpu_blocks, "compared": compare(runs, simulated),
-            "steps": [step_error(self.cost, run.notes) for run in served], "runs": runs,
+            "name": f"{shape.name}, " + ("at once" if load is None else f"load {load:g}"), "shape": asdict(shape),
+            "load": load, "num_requests": len(requests), "num_gpu_blocks": self.options.num_gpu_blocks,
+            "compared": compare(runs, simulated, [self.simulate(requests, weather) for weather in weathers]),
+            "steps": [step_error(self.cost, run.notes) for run in served],
+            "slowdown": [weather.mean for weather in weathers], "runs": runs,
             "noise": [asdict(run.noise) | {"noisy": run.noise.noisy} for run in served], "simulated": simulated,
-            "simulation_seconds": time.perf_counter() - begin,
         }  # fmt: skip
         print_workload(row)
         return row
 
+    # -- against a server --------------------------------------------------------------------------------
 
-def warm_up(engine: LLMEngine, seconds: float) -> int:
-    """Prompts of every length in turn, for as long as that: the first step of a new size costs more than all later.
+    def server(self, shape: Shape, capacity: float) -> list[dict[str, Any]]:
+        """The loads of a shape, as fractions of what the engine serves in this process, over HTTP."""
+        rows = []
+        with client_of(engine_flags(self.args), TEMPERATURE) as client:
+            client.serve(self.requests(shape, IDLE_REQUESTS, None))
+            outside = self.outside(client, shape)
+            print(f"\nserver: {1e3 * outside:.2f} ms of a request are outside the engine", flush=True)
+            for load in self.args.loads or shape.loads:
+                rate = load * capacity
+                requests = self.requests(shape, rate * self.args.seconds, rate)
+                rows.append(self.over_http(client, shape, requests, load, outside) | {"rate": rate})
+        return rows
 
-    Returns the longest that was served.
-    """
-    token_ids, begin, length = usable_token_ids(engine), time.perf_counter(), 0
-    rng = random.Random(0)
-    while length < WARM_UP_SHARE * engine.max_model_len and time.perf_counter() - begin < seconds:
-        length += 1
-        serve(engine, [Timed(0.0, random_tokens(rng, token_ids, length), 2)])
-    return length
+    def outside(self, client: Client, shape: Shape) -> float:
+        """Seconds of a request outside the engine, from first tokens of a server that has nothing else to do."""
+        requests = [Timed(0.0, timed.prompt[:8], 2) for timed in self.requests(shape, IDLE_REQUESTS, None)]
+        predicted = [self.simulate([timed])["median_ttft_ms"] / 1e3 for timed in requests]
+        return outside_seconds(client.idle_latencies(requests), predicted)
+
+    def over_http(
+        self, client: Client, shape: Shape, requests: list[Timed], load: float, outside: float
+    ) -> dict[str, Any]:
+        served = [client.serve(requests) for _ in range(self.args.runs)]
+        runs = [run.metrics() for run in served]
+        self.options = SimulationOptions(**vars(self.options) | {"request_latency_ms": 1e3 * outside})
+        simulated = self.simulate(requests)
+        self.options = SimulationOptions(**vars(self.options) | {"request_latency_ms": 0.0})
+        row = {
+            "name": f"server, {shape.name}, load {load:g}", "shape": asdict(shape), "load": load,
+            "num_requests": len(requests), "request_latency_ms": 1e3 * outside, "compared": compare(runs, simulated),
+            "steps": [], "runs": runs, "noise": [asdict(run.noise) | {"noisy": run.noise.noisy} for run in served],
+            "simulated": simulated,
+        }  # fmt: skip
+        print_workload(row)
+        return row
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -278,60 +149,43 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     shapes = [shape for shape in SHAPES if not args.shapes or shape.name in args.shapes]
     with engine_of(args) as engine:
-        warmed = warm_up(engine, max(args.seconds, 3.0))
-        meter = CpuMeter().start()
-        cost = calibrate(engine, temperature=TEMPERATURE, detokenize=False, repeats=args.calibrate_repeats)
-        noise, bench = meter.stop(), Bench(engine, cost, args)
-        print_quality(cost, noise)
-        context = engine.max_model_len
+        cost, climate, about = prepare(engine, args)
+        bench = Bench(engine, cost, climate, args)
         for shape in shapes:
-            if shape.pool is None:
+            if shape.pool is None and "engine" in args.part:
                 rows += bench.shape(shape)
+        if "server" in args.part:
+            first = next((row for row in rows if row["load"] is None), None) or bench.at_once(shapes[0])
+            rows += bench.server(shapes[0], first["capacity"])
     for shape in shapes:  # the cost stays: what a step takes does not depend on the pool
-        if shape.pool is not None:
-            with engine_of(args, small_pool(shape, bench.options, context)) as engine:
-                rows += Bench(engine, cost, args).shape(shape)
-    calibration = cost.describe() | {"warmed_up_to": warmed, "noise": asdict(noise) | {"noisy": noise.noisy}}
+        if shape.pool is not None and "engine" in args.part:
+            with engine_of(args, small_pool(shape, bench.options, engine.max_model_len)) as small:
+                rows += Bench(small, cost, climate, args).shape(shape)
     engine_options = {k: v for k, v in vars(bench.options).items() if k != "tenant_weights"}
-    return {"calibration": calibration, "engine": engine_options, "workloads": rows}
+    return {"calibration": about, "engine": engine_options, "workloads": rows}
 
 
-# --- reporting ------------------------------------------------------------------------------------------------
-
-
-def print_quality(cost: FittedCost, noise: NoiseReport) -> None:
-    quality, others = cost.quality, noise.others_share or 0.0
+def prepare(engine: LLMEngine, args: argparse.Namespace) -> tuple[FittedCost, Climate, dict[str, Any]]:
+    """The cost of a step, how disturbances of this machine show in it, and both for the report."""
+    warmed = warm_up(engine, min(args.seconds, 3.0))
+    meter = CpuMeter().start()
+    if args.cost_file:
+        cost = FittedCost.load(args.cost_file)
+    else:
+        cost = calibrate(engine, temperature=TEMPERATURE, detokenize=False, seconds=args.calibrate_seconds)
+    noise = meter.stop()
+    print_quality(cost, noise.others_share or 0.0)
+    climate = learn(engine, usable_token_ids(engine), min(args.seconds, 8.0))
+    before, after = climate.left
     print(
-        f"calibrated on {quality['num_steps']:.0f} steps: median relative error "
-        f"{quality['median_relative_error']:.1%}, 90 % within {quality['p90_relative_error']:.1%}; "
-        f"others used {others:.0%} of the CPUs",
+        f"disturbances of equal steps: {before:.1%}; {after:.1%} are left when a step slows as the probe to the power "
+        f"of {climate.exponent:.2f}",
         flush=True,
     )
-
-
-def print_workload(row: dict[str, Any]) -> None:
-    others = max((noise["others_share"] or 0.0) for noise in row["noise"])
-    errors = ", ".join(f"{each['total_error_percent']:+.1f} %" for each in row["steps"])
-    preemptions = "/".join(str(run["num_preemptions"]) for run in row["runs"])
-    title = (
-        f"\n{row['name']}: {row['num_requests']} requests in {row['runs'][0]['duration']:.1f} s, preemptions "
-        f"{preemptions} (simulated {row['simulated']['num_preemptions']}), steps {errors}, others used {others:.0%}"
-    )
-    cells = [
-        [label, f"{found['real']:.2f}", f"{found['spread_percent']:.1f} %", f"{found['simulated']:.2f}",
-         f"{found['error_percent']:+.1f} %"]
-        for name, label in FIGURES.items() for found in [row["compared"][name]]
-    ]  # fmt: skip
-    print(table(title, ["figure", "real", "spread", "simulated", "error"], cells), flush=True)
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Errors of every workload, with the spread of the real runs in brackets."""
-    lines = []
-    for row in rows:
-        found = [row["compared"][name] for name in FIGURES]
-        lines.append([row["name"], *(f"{f['error_percent']:+.1f} ({f['spread_percent']:.1f})" for f in found)])
-    return table("\nerror in percent (spread of the real runs)", ["workload", *FIGURES.values()], lines)
+    if args.save_cost_file:
+        cost.save(args.save_cost_file)
+    noises = asdict(noise) | {"noisy": noise.noisy}
+    return cost, climate, cost.describe() | {"warmed_up_to": warmed, "noise": noises, "climate": asdict(climate)}
 
 
 def machine_name(environment: dict[str, Any]) -> str:
@@ -344,9 +198,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=None, help="model folder; default: the bundled model")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--runs", type=int, default=2, help="real runs of each workload")
-    parser.add_argument("--seconds", type=float, default=13.0, help="of arrivals in each; a third when all at once")
-    parser.add_argument("--calibrate-repeats", type=int, default=3)
+    parser.add_argument("--part", nargs="+", choices=("engine", "server"), default=["engine", "server"])
+    parser.add_argument("--runs", type=int, default=3, help="real runs of each workload")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals in each; a third when all at once")
+    parser.add_argument("--calibrate-seconds", type=float, default=45.0)
+    parser.add_argument("--cost-file", default=None, help="a fitted cost of this machine, instead of calibrating")
+    parser.add_argument("--save-cost-file", default=None, help="keep the fitted cost here")
+    parser.add_argument("--loads", type=float, nargs="+", help="of the capacity, in place of each shape's own")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
@@ -358,7 +216,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.runs < 1 or not args.seconds > 0:
         parser.error("--runs must be at least 1, and --seconds above 0")
     if args.quick:
-        args.runs, args.seconds, args.calibrate_repeats = 2, 0.7, 1
+        args.runs, args.seconds, args.calibrate_seconds = 2, 0.7, 1.0
         args.max_num_seqs, args.max_model_len = 8, 256
     return args
 
@@ -368,11 +226,12 @@ def main() -> None:
     logging.getLogger("mini_vllm").setLevel(logging.WARNING)
     begin = time.perf_counter()
     report = measure(args)
-    print(summary(report["workloads"]))
+    for kind in ("error_percent", "same_speed_error_percent"):
+        print(summary(report["workloads"], kind))
     print(f"\n{time.perf_counter() - begin:.0f} s in all")
     environment = collect_environment()
     del environment["system"]["executable"]  # where this machine keeps it is of no use to others
-    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "model")}
+    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "model", "cost_file", "save_cost_file")}
     arguments["model"] = Path(args.model).name if args.model else "bundled"
     whole = {
         "benchmark": "simulator_fidelity", "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,38 +1,42 @@
 """Measure steps of the real engine on this machine, and fit a cost model to them.
 
-Uses the benchmark's own driver, so a step's seconds are what they are there: planning, computing, sampling, text. The
-request sets are chosen to spread the features apart: prompts alone from short to long, batches that drain from full to
-one at short and at long contexts, and a queue that keeps prompts and decodes in the same steps.
+A step's seconds are those of the whole `LLMEngine.step()`: planning, computing, sampling, text. Every set of
+`calibration_sets` is run once to warm the engine up and to see how long it takes, then all of them in turn until the
+time is over, so that a busy second spoils one run of a few sets. Of steps that computed the same, what counts is how
+long they take when nothing else slows the machine: see `undisturbed`.
 """
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mini_vllm.exceptions import ConfigError
-from mini_vllm.simulator.cost import FittedCost, StepLoad
-from mini_vllm.simulator.fit import Sample, fit_cost
+from mini_vllm.simulator.calibration_sets import RequestSet, SetMaker, TokenMaker
+from mini_vllm.simulator.cost import StepLoad
+from mini_vllm.simulator.fit import Sample, fit_cost, nonnegative_least_squares
+from mini_vllm.simulator.fitted import FittedCost
 
 if TYPE_CHECKING:
-    from mini_vllm.bench.datasets import BenchRequest
-    from mini_vllm.bench.driver import Run
+    from mini_vllm.bench.driver import StepNote
     from mini_vllm.engine.llm_engine import LLMEngine
 
 Progress = Callable[[str, int, int], None]
-"""Told (what is measured, which it is, of how many)."""
+"""Told (what is measured, seconds passed, of how many)."""
 
-LEAST_MODEL_LEN = 16
-MAX_BATCH = 64
-"""Sequences in a draining batch: enough to tell what a request costs, and quick on a CPU."""
+DEFAULT_SECONDS = 40.0
+LEAST_ROUNDS = 3
+MOST_ROUNDS = 25
+LARGEST_SHARE = 0.04
+"""Of the time that one run of one set may take; sets behind one that takes longer are left out."""
 
-MAX_DRAIN = 64
-"""Steps it drains in."""
-MAX_MIXED = 256
-"""Tokens of the longest prompt among decodes."""
+DISTURBED = 1.15
+"""A step that took longer than this many times what its like take had the machine not for itself."""
 
-MAX_ALONE = 2048
-"""Tokens of the longest prompt that is measured alone."""
+LoadKey = tuple[Any, ...]
 
 
 def calibrate(
@@ -40,18 +44,82 @@ def calibrate(
     *,
     temperature: float = 1.0,
     detokenize: bool = True,
-    repeats: int = 3,
+    seconds: float = DEFAULT_SECONDS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> FittedCost:
-    """Run the sets on an engine that has nothing else to do. Raises `ConfigError` when its context is too short.
+    """Measure an engine that has nothing else to do, for about so long. Raises `ConfigError` when its context is too
+    short.
 
     detokenize: whether making text is part of a step, as it is in this process, and is not where a server makes it.
     """
-    samples = measure_steps(
-        engine, temperature=temperature, detokenize=detokenize, repeats=repeats, seed=seed, progress=progress
+    measured = measure_steps(
+        engine, temperature=temperature, detokenize=detokenize, seconds=seconds, seed=seed, progress=progress
     )
-    return fit_cost(samples, _about(engine, temperature) | {"detokenize": detokenize})
+    return fit_cost(
+        measured.samples(),
+        _about(engine, temperature) | {"detokenize": detokenize, "rounds": measured.rounds},
+        adding=measured.adding(),
+        slowdown=measured.slowdown(),
+        quality={"disturbed_share": measured.disturbed_share()},
+    )
+
+
+@dataclass
+class Measured:
+    """Seconds of steps that computed the same, and of adding requests by the length of their prompts."""
+
+    steps: dict[LoadKey, tuple[StepLoad, list[float]]] = field(default_factory=dict)
+    adds: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    rounds: int = 0
+
+    def add_steps(self, notes: Iterable["StepNote"]) -> None:
+        for note in notes:
+            load = StepLoad.of(note.chunks, note.sampled_rows)
+            key = (len(load.starts), sum(load.starts), tuple(sorted(load.chunks)), load.num_sampled)
+            self.steps.setdefault(key, (load, []))[1].append(note.seconds)
+
+    def samples(self) -> list[Sample]:
+        """Steps that came only once by chance are left out, where there are others."""
+        least = 2 if self.rounds > 1 else 1
+        return [(load, undisturbed(seconds)) for load, seconds in self.steps.values() if len(seconds) >= least]
+
+    def adding(self) -> tuple[float, float]:
+        """Seconds of adding a request, and of each token of its prompt."""
+        lengths = [length for length, seconds in self.adds.items() if len(seconds) > 1]
+        if not lengths:
+            return 0.0, 0.0
+        taken = np.array([undisturbed(self.adds[length]) for length in lengths])
+        matrix = np.stack([np.ones(len(lengths)), np.array(lengths, dtype=np.float64)], axis=1)
+        fixed, per_token = nonnegative_least_squares(matrix / taken[:, None], np.ones(len(lengths))).tolist()
+        return fixed, per_token
+
+    def slowdown(self) -> float:
+        """How much longer steps took on average than undisturbed ones; where the machine stood still, thrice."""
+        taken = calm = 0.0
+        for _, seconds in self.steps.values():
+            usual = undisturbed(seconds)
+            taken += sum(min(each, 3 * usual) for each in seconds)
+            calm += usual * len(seconds)
+        return max(1.0, taken / calm) if calm else 1.0
+
+    def disturbed_share(self) -> float:
+        """Of all steps, those that something else slowed down."""
+        slow = total = 0
+        for _, seconds in self.steps.values():
+            limit = DISTURBED * undisturbed(seconds)
+            slow += sum(taken > limit for taken in seconds)
+            total += len(seconds)
+        return slow / max(total, 1)
+
+
+def undisturbed(seconds: Sequence[float]) -> float:
+    """What a step takes where nothing else slows the machine: the mean of those not far above the lower quartile.
+
+    On a quiet machine that is nearly all of them. A median would say how busy others were during this minute.
+    """
+    limit = DISTURBED * float(np.percentile(seconds, 25))
+    return float(np.mean([taken for taken in seconds if taken <= limit]))
 
 
 def measure_steps(
@@ -59,46 +127,110 @@ def measure_steps(
     *,
     temperature: float = 1.0,
     detokenize: bool = True,
-    repeats: int = 3,
+    seconds: float = DEFAULT_SECONDS,
     seed: int = 0,
     progress: Progress | None = None,
-) -> list[Sample]:
-    """(load, median seconds over the repeats) of every step of every set, after one that warms up."""
-    from mini_vllm.bench.driver import Driver
-    from mini_vllm.bench.throughput import usable_token_ids
+) -> Measured:
+    """Run every set that is quick enough, over and over, until `seconds` have passed (but a few times at least)."""
+    if not seconds > 0:
+        raise ConfigError(f"seconds: must be above 0, got {seconds}")
+    runner, begin = _Runner(engine, temperature, detokenize, seed), time.perf_counter()
 
-    if repeats < 1:
-        raise ConfigError(f"repeats: must be at least 1, got {repeats}")
-    maker = _Sets(usable_token_ids(engine), engine.max_model_len, _max_batch(engine), seed)
-    driver = Driver(engine, temperature=temperature, detokenize=detokenize)
-    driver.run(maker.mixed())
-    sets = list(maker.all())
-    measured: list[list[list[Sample]]] = [[] for _ in sets]
-    for turn in range(repeats):  # one after the other, so that a busy minute does not spoil all of a set
-        for number, (name, requests) in enumerate(sets):
-            if progress is not None:
-                progress(name, turn * len(sets) + number + 1, repeats * len(sets))
-            run = driver.run(requests)
-            if run.errors:
-                raise ConfigError(f"calibrate: a request failed: {run.errors[0]}")
-            measured[number].append(samples_of(run))
-    return [sample for runs in measured for sample in typical_steps(runs)]
+    def tell(name: str) -> None:
+        if progress is not None:
+            progress(name, round(min(time.perf_counter() - begin, seconds)), round(seconds))
 
-
-def typical_steps(runs: Sequence[Sequence[Sample]]) -> list[Sample]:
-    """Runs of one set have the same steps: of each the load, and the median of its seconds."""
-    return [(steps[0][0], median(seconds for _, seconds in steps)) for steps in zip(*runs, strict=True)]
+    engine.reset_prefix_cache()
+    sets = _quick_enough(runner, _sets_for(engine), LARGEST_SHARE * seconds, tell)
+    measured = Measured()
+    while measured.rounds < LEAST_ROUNDS or time.perf_counter() - begin < seconds:
+        if measured.rounds == MOST_ROUNDS:
+            break
+        for each in sets:
+            tell(each.name)
+            runner.run(each, measured)
+        measured.rounds += 1
+    engine.reset_prefix_cache()
+    return measured
 
 
-def samples_of(run: "Run") -> list[Sample]:
-    """The steps of a benchmark run, as what a cost model is asked and what it should have said."""
-    return [(StepLoad.of(note.chunks, note.sampled_rows), note.seconds) for note in run.steps]
+def _quick_enough(
+    runner: "_Runner", sets: Sequence[RequestSet], limit: float, tell: Callable[[str], None]
+) -> list[RequestSet]:
+    """Those that are run again, once the first run has warmed the engine up (and filled the cache for some)."""
+    kept, too_slow = [], set()
+    for each in sets:
+        if each.family in too_slow:
+            continue
+        tell(each.name)
+        unmeasured = Measured()
+        taken = runner.run(each, unmeasured)
+        if each.is_cached and taken <= 3 * limit:
+            taken = runner.run(each, unmeasured)
+        if taken <= limit or each.family not in {other.family for other in kept}:
+            kept.append(each)  # of each family at least the smallest
+        if taken > limit:
+            too_slow.add(each.family)
+    return kept
 
 
-def _max_batch(engine: "LLMEngine") -> int:
+class _Runner:
+    """Runs sets through an engine, in a prefix cache that is left as it is."""
+
+    def __init__(self, engine: "LLMEngine", temperature: float, detokenize: bool, seed: int) -> None:
+        from mini_vllm.bench.throughput import usable_token_ids
+
+        self.engine = engine
+        self.temperature = temperature
+        self.detokenize = detokenize
+        self._tokens = TokenMaker(usable_token_ids(engine), seed)
+        self._num_requests = 0
+
+    def run(self, requests: RequestSet, measured: Measured) -> float:
+        """Seconds that it took. Raises `ConfigError` when a request fails."""
+        from mini_vllm.bench.driver import core_of, metered
+
+        staged = sorted(requests.requests, key=lambda request: -request.at)
+        prompts = [self._tokens.tokens(request) for request in staged]
+        begin, steps, clock = time.perf_counter(), 0, time.perf_counter
+        with metered(core_of(self.engine)) as meter:
+            while staged or self.engine.has_unfinished_requests():
+                while staged and (staged[-1].at <= steps or not self.engine.has_unfinished_requests()):
+                    self._add(prompts.pop(), staged.pop().output_len, measured)
+                num_notes, start = len(meter.notes), clock()
+                outputs = self.engine.step()
+                end = clock()
+                steps += 1
+                if len(meter.notes) > num_notes:
+                    meter.notes[-1].seconds = end - start
+                if failed := [output.error for output in outputs if output.error]:
+                    raise ConfigError(f"calibrate: a request failed: {failed[0]}")
+        measured.add_steps(note for note in meter.notes if note.seconds)
+        return clock() - begin
+
+    def _add(self, prompt: list[int], output_len: int, measured: Measured) -> None:
+        from mini_vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        self._num_requests += 1
+        params = SamplingParams(
+            temperature=self.temperature, max_tokens=output_len, ignore_eos=True, detokenize=self.detokenize,
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        self.engine.add_request(f"calibrate-{self._num_requests}", {"prompt_token_ids": prompt}, params)
+        measured.adds[len(prompt)].append(time.perf_counter() - begin)
+
+
+def _sets_for(engine: "LLMEngine") -> list[RequestSet]:
     from mini_vllm.bench.driver import core_of
 
-    return min(MAX_BATCH, core_of(engine).scheduler.config.max_num_seqs)
+    scheduler = core_of(engine).scheduler
+    config, kv = scheduler.config, scheduler.kv
+    budget = config.max_num_batched_tokens
+    if config.long_prefill_token_threshold:
+        budget = min(budget, config.long_prefill_token_threshold)
+    tokens = kv.block_pool.num_usable_blocks // max(kv.num_blocks_for(1), 1) * kv.block_size
+    return SetMaker(engine.max_model_len, config.max_num_seqs, budget, tokens).all()
 
 
 def _about(engine: "LLMEngine", temperature: float) -> dict[str, Any]:
@@ -114,47 +246,3 @@ def _about(engine: "LLMEngine", temperature: float) -> dict[str, Any]:
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "temperature": temperature,
     }
-
-
-class _Sets:
-    """Request sets that fit a context of `max_len` tokens and batches of `max_batch`."""
-
-    def __init__(self, token_ids: Sequence[int], max_len: int, max_batch: int, seed: int) -> None:
-        if max_len < LEAST_MODEL_LEN:
-            raise ConfigError(
-                f"max_model_len: {max_len} tokens are too few to calibrate with, at least {LEAST_MODEL_LEN} are needed"
-            )
-        self._token_ids = token_ids
-        self._max_len = max_len
-        self._max_batch = max_batch
-        self._rng = random.Random(seed)
-
-    def all(self) -> Iterator[tuple[str, list["BenchRequest"]]]:
-        longest = min(self._max_len - 2, MAX_ALONE)
-        length = 1
-        while length < longest:
-            yield f"a prompt of {length} tokens", [self._request(length, 2)]
-            length *= 2
-        yield f"a prompt of {longest} tokens", [self._request(longest, 2)]
-        steps = min(MAX_DRAIN, self._max_len // 2)
-        for prompt in sorted({4, self._max_len // 8, self._max_len // 2 - 1}):
-            yield f"a batch draining at {prompt} tokens", self._draining(max(prompt, 1), steps)
-        yield "prompts among decodes", self.mixed()
-
-    def mixed(self) -> list["BenchRequest"]:
-        """More than fit a batch, of all lengths: prompts come in while others decode."""
-        limit = min(self._max_len // 2, MAX_MIXED)
-        return [
-            self._request(self._rng.randint(1, limit), self._rng.randint(1, min(limit, MAX_DRAIN)))
-            for _ in range(3 * self._max_batch // 2)
-        ]
-
-    def _draining(self, prompt: int, steps: int) -> list["BenchRequest"]:
-        """All begin together and end one after the other."""
-        size = self._max_batch
-        return [self._request(prompt, max(1, steps * (place + 1) // size)) for place in range(size)]
-
-    def _request(self, prompt: int, output: int) -> "BenchRequest":
-        from mini_vllm.bench.datasets import BenchRequest, random_tokens
-
-        return BenchRequest(random_tokens(self._rng, self._token_ids, prompt), output)

@@ -1,14 +1,12 @@
 """How long a step takes, predicted from what the plan has it compute.
 
-A cost model is anything with `step_seconds(load)`. Three are here: the planner's roofline, two constants, and one that
-was fitted to measured steps (`fit.py` makes it). All are pure functions of the load, so a simulation repeats exactly.
+A cost model is anything with `step_seconds(load)`. Two are here: the planner's roofline, and two constants; the one in
+`fitted.py` was fitted to measured steps. All are pure functions of the load, so a simulation repeats exactly.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,6 +61,9 @@ class CostModel(Protocol):
     def step_seconds(self, load: StepLoad) -> float:
         """Seconds; 0 for a step that computes nothing."""
 
+    def add_seconds(self, num_prompt_tokens: int) -> float:
+        """Seconds that adding such a request keeps the engine from its next step."""
+
     def describe(self) -> dict[str, Any]:
         """For people and for JSON."""
 
@@ -86,6 +87,9 @@ class TwoConstantCost:
 
     def step_seconds(self, load: StepLoad) -> float:
         return self.fixed_seconds + load.num_tokens * self.per_token_seconds if load.num_tokens else 0.0
+
+    def add_seconds(self, num_prompt_tokens: int) -> float:
+        return 0.0
 
     def describe(self) -> dict[str, Any]:
         return {"cost_model": "two-constant", **vars(self)}
@@ -135,6 +139,9 @@ class RooflineCost:
             flops += kind.flops_per_pair * pairs
         seconds = max(num_bytes / self._bandwidth, flops / self._peak) + model.overhead_seconds
         return seconds + self._communication_seconds(tokens)
+
+    def add_seconds(self, num_prompt_tokens: int) -> float:
+        return 0.0
 
     def _communication_seconds(self, num_tokens: int) -> float:
         ranks = self.model.tensor_parallel_size
@@ -193,67 +200,3 @@ def _attention_of(load: StepLoad, window: int | None) -> tuple[int, int]:
         keys += attended_keys(start, count, window)
         pairs += attended_pairs(start, count, window)
     return keys, pairs
-
-
-# --- fitted ---------------------------------------------------------------------------------------------------
-
-FEATURES = ("step", "tokens", "requests", "context_tokens", "prefill_pairs")
-_FORMAT = "mini-vllm step cost 1"
-
-
-def features_of(load: StepLoad) -> tuple[float, ...]:
-    """What a fitted cost is linear in: 1, and four counts of the step."""
-    return 1.0, load.num_tokens, load.num_requests, load.context_tokens, load.prefill_pairs
-
-
-@dataclass(frozen=True)
-class FittedCost:
-    """Seconds as a sum over `FEATURES`, with coefficients that are not negative.
-
-    quality: how well it describes the steps it was fitted to. about: where they were measured.
-    """
-
-    coefficients: tuple[float, ...]
-    quality: dict[str, float] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if len(self.coefficients) != len(FEATURES) or not all(0 <= c < math.inf for c in self.coefficients):
-            raise ConfigError(
-                f"coefficients: must be {len(FEATURES)} numbers of at least 0 ({', '.join(FEATURES)}), "
-                f"got {list(self.coefficients)}"
-            )
-        if self.coefficients[0] + self.coefficients[1] == 0:
-            raise ConfigError("coefficients: steps and tokens that take no time have no throughput")
-
-    def step_seconds(self, load: StepLoad) -> float:
-        if not load.num_tokens:
-            return 0.0
-        step, tokens, requests, context, pairs = self.coefficients
-        seconds = step + tokens * load.num_tokens + requests * load.num_requests + context * load.context_tokens
-        return seconds + pairs * load.prefill_pairs if load.chunks else seconds
-
-    def describe(self) -> dict[str, Any]:
-        coefficients = dict(zip(FEATURES, self.coefficients, strict=True))
-        return {"cost_model": "fitted", "seconds_per": coefficients, "quality": self.quality, "about": self.about}
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON. Raises `ConfigError` when the file cannot be written."""
-        try:
-            Path(path).write_text(json.dumps({"format": _FORMAT, **self.describe()}, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cost_file: cannot write {path}: {error.strerror}") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FittedCost":
-        """Read what `save` wrote. Raises `ConfigError` naming the file."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"cost_file: cannot read {path}: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ConfigError(f"cost_file: {path} is no fitted cost model (format must be {_FORMAT!r})")
-        seconds = data.get("seconds_per")
-        if not isinstance(seconds, dict) or not all(type(seconds.get(name)) in (int, float) for name in FEATURES):
-            raise ConfigError(f"cost_file: {path}: seconds_per must have a number for each of {', '.join(FEATURES)}")
-        return cls(tuple(float(seconds[name]) for name in FEATURES), data.get("quality", {}), data.get("about", {}))

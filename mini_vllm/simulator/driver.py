@@ -73,8 +73,8 @@ class _Live:
 
 
 class Replica:
-    """One engine. load: tokens of its unfinished requests, as far as their steps have ended. is_awake: a step of it
-    is under way or due."""
+    """One engine. load: tokens of its unfinished requests, as far as their steps have ended. adding_seconds: that
+    arrivals take it before its next step. is_awake: a step of it is under way or due."""
 
     def __init__(self, options: SimulationOptions, cost: CostModel, observe: StepObserver | None) -> None:
         self.clock = LogicalClock()
@@ -82,6 +82,7 @@ class Replica:
         self.executor = PredictingExecutor(options, cost, self.clock, self._note_step)
         self.core = build_core(options.engine_config(), self.executor, clock=self.clock)
         self.load = 0
+        self.adding_seconds = 0.0
         self.is_awake = False
         self.num_requests = 0
         self.live: dict[str, _Live] = {}
@@ -94,6 +95,7 @@ class Replica:
             self.live[request_id] = live
             self.executor.tokens[request_id] = [sim.token_id + sample]
         self.core.add_request(request)
+        self.adding_seconds += self.executor.cost.add_seconds(request.num_prompt_tokens)
         self.load += request.num_tokens
         self.num_requests += 1
 
@@ -102,7 +104,9 @@ class Replica:
         return self.core.scheduler.has_unfinished_requests()
 
     def step(self) -> None:
-        """One step of the engine. Its outputs are there when the clock says so."""
+        """Take in what arrived, and one step of the engine. Its outputs are there when the clock says so."""
+        self.clock.now += self.adding_seconds
+        self.adding_seconds = 0.0
         self.outputs = self.core.step().outputs
 
     def take_outputs(self) -> list[_Live]:
@@ -175,6 +179,7 @@ class Simulation:
         self.options = options
         self.workload = workload
         self.cost = cost
+        self.latency = options.request_latency_ms / 1e3
         self.source = workload.start()
         self.router = make_router(options)
         self.replicas = [Replica(options, cost, observe) for _ in range(options.num_replicas)]
@@ -187,7 +192,7 @@ class Simulation:
     def run(self) -> SimulationResult:
         while True:
             end = self._due[0][0] if self._due else float("inf")
-            if self.source.next_time() <= end:
+            if self.source.next_time() + self.latency <= end:
                 if not self._arrive():
                     break
             else:
@@ -199,7 +204,7 @@ class Simulation:
 
     def _arrive(self) -> bool:
         """The next arrival. False when there is none, ever."""
-        time = self.source.next_time()
+        time = self.source.next_time() + self.latency
         if time == float("inf"):
             return False
         sim = self.source.pop()
@@ -220,7 +225,7 @@ class Simulation:
         if replica.outputs:
             for live in replica.take_outputs():
                 self._finish(live, place, now)
-            if self.source.next_time() <= now:
+            if self.source.next_time() + self.latency <= now:
                 return  # whoever arrives at this very moment is in time for the next step
         if replica.has_work:
             replica.step()

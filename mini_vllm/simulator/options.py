@@ -29,6 +29,7 @@ class SimulationOptions:
 
     num_gpu_blocks: of each replica's pool, the null block included. num_kv_groups: block tables per request, as the
     engine has for models whose layers look back differently far. max_model_len: None is unlimited.
+    request_latency_ms: that a request spends outside the engine: network, HTTP, tokenising, its first token's way back.
     timeline_points: bins each replica's timeline is kept in, at most. step_records: the newest steps kept in full for
     a Chrome trace.
     """
@@ -46,6 +47,7 @@ class SimulationOptions:
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     num_replicas: int = 1
     routing: str = "round-robin"
+    request_latency_ms: float = 0.0
     timeline_points: int = 500
     step_records: int = 0
 
@@ -59,6 +61,8 @@ class SimulationOptions:
             raise ConfigError(f"routing: must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
         if self.num_gpu_blocks < 2:
             raise ConfigError(f"num_gpu_blocks: must be at least 2 (one is the null block), got {self.num_gpu_blocks}")
+        if not 0 <= self.request_latency_ms < float("inf"):
+            raise ConfigError(f"request_latency_ms: must be at least 0, got {self.request_latency_ms}")
         self.engine_config()  # the engine's own checks of the rest
 
     def engine_config(self) -> EngineConfig:

@@ -20,8 +20,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_an_error_is_of_the_mean_and_the_spread_is_between_the_real_runs() -> None:
-    from simulator_fidelity import FIGURES, compare, summary
+def test_an_error_is_of_the_median_and_the_spread_is_between_the_real_runs() -> None:
+    from fidelity_report import FIGURES, compare, summary
 
     real = [dict.fromkeys(FIGURES, 9.0), dict.fromkeys(FIGURES, 11.0)]
     found = compare(real, dict.fromkeys(FIGURES, 12.0))
@@ -29,16 +29,19 @@ def test_an_error_is_of_the_mean_and_the_spread_is_between_the_real_runs() -> No
     assert found["p99_ttft_ms"] == pytest.approx(
         {"real": 10.0, "spread_percent": 20.0, "simulated": 12.0, "error_percent": 20.0}
     )
-    assert "+20.0 (20.0)" in summary([{"name": "a load", "compared": found}])
+    rows = [{"name": "a load", "compared": found}]
+    assert "+20.0 (20.0)" in summary(rows) and "a load" not in summary(rows, "same_speed_error_percent")
+    slowed = compare(real, real[0], [dict.fromkeys(FIGURES, value) for value in (9.9, 11.0)])
+    assert slowed["p99_ttft_ms"]["same_speed_error_percent"] == pytest.approx(5.0), "of 10 % and none"
 
 
 def test_the_cost_is_compared_with_the_steps_that_were_taken() -> None:
-    from simulator_fidelity import step_error
+    from fidelity_report import step_error
 
-    from mini_vllm.simulator.cost import FittedCost
+    from mini_vllm.simulator.fitted import FittedCost
 
     notes: Any = [SimpleNamespace(chunks=[(4, 1)], sampled_rows=1, seconds=s) for s in (1.0, 2.0, 5.0)]
-    found = step_error(FittedCost((2.0, 0.0, 0.0, 0.0, 0.0)), notes)
+    found = step_error(FittedCost(((1, 2.0),)), notes)
     assert found == pytest.approx({"total_error_percent": -25.0, "median_error_percent": 0.0})
 
 
@@ -73,8 +76,8 @@ def test_a_small_pool_holds_any_request_but_not_a_full_batch() -> None:
 
 
 def test_requests_are_added_when_due_and_served_to_their_end() -> None:
+    from fidelity_engine import engine_of, options_of, serve
     from fidelity_requests import Listed, Timed
-    from simulator_fidelity import engine_of, options_of, serve
 
     from mini_vllm.simulator.cost import TwoConstantCost
     from mini_vllm.simulator.driver import simulate
@@ -88,6 +91,7 @@ def test_requests_are_added_when_due_and_served_to_their_end() -> None:
             real = serve(engine, requests)
             assert [t.num_output_tokens for t in real.timelines] == [4, 3, 4]
             assert all(t.ttft > 0 for t in real.timelines)
+            assert real.probes and 0 <= real.probes[0][0] < real.duration
             assert real.duration >= 0.15 and all(note.seconds > 0 for note in real.notes)
             metrics = real.metrics()
             simulated = simulate(options, Listed(requests), TwoConstantCost(1e-3, 0.0)).metrics()
@@ -95,6 +99,47 @@ def test_requests_are_added_when_due_and_served_to_their_end() -> None:
                 assert metrics[name] == simulated[name]
             assert real.prefix_cache_hits == 16
             assert real.timelines[2].arrival - real.timelines[0].arrival == pytest.approx(0.15)
+
+
+def test_probes_explain_steps_that_slow_as_they_do() -> None:
+    """A machine that is half as fast every other second; the engine's steps slow by the square root of that."""
+    from fidelity_weather import Weather, fit_climate
+
+    times = [0.02 * place for place in range(1000)]
+    probes = [(when, 1e-4 * (2.0 if int(when) % 2 else 1.0)) for when in times]
+    steps = [(when, 0.01 * (2.0**0.5 if int(when) % 2 else 1.0)) for when in times]
+    climate = fit_climate(probes, [steps])
+    assert climate.calm_seconds == pytest.approx(1e-4)
+    assert climate.exponent == pytest.approx(0.5) and climate.left[1] < 1e-6 < climate.left[0]
+    weather = Weather.of(probes, climate)
+    assert [weather.at(when) for when in (0.5, 1.5, 2.5, 99.0)] == pytest.approx([1.0, 2.0**0.5, 1.0, 2.0**0.5])
+    steady = fit_climate([(when, 1e-4) for when in times], [steps])
+    assert steady.exponent == 1.0, "probes that do not vary teach nothing"
+
+
+def test_a_simulated_run_is_slowed_as_the_machine_was() -> None:
+    from fidelity_requests import Listed, Timed
+    from fidelity_weather import Weather, expose
+
+    from mini_vllm.simulator.driver import Simulation
+    from mini_vllm.simulator.fitted import FittedCost
+    from mini_vllm.simulator.options import SimulationOptions
+
+    requests, cost = [Timed(0.0, [5] * 20, 5)], FittedCost(((1, 1.0),), slowdown=1.3)
+    found = []
+    for weather in (None, Weather([0.0, 1.9, 2.0], [1.0, 1.0, 3.0])):
+        simulation = Simulation(SimulationOptions(num_gpu_blocks=50), Listed(requests), cost)
+        if weather is not None:
+            expose(simulation, weather)
+        found.append(simulation.run().duration)
+    assert found == pytest.approx([5 * 1.3, 2 * 1.0 + 3 * 3.0])
+
+
+def test_what_http_adds_is_what_is_not_predicted() -> None:
+    from fidelity_server import outside_seconds
+
+    assert outside_seconds([0.011, 0.012, 0.050], [0.010, 0.010, 0.010]) == pytest.approx(0.002)
+    assert outside_seconds([0.009], [0.010]) == 0.0
 
 
 @pytest.mark.slow
@@ -108,11 +153,14 @@ def test_quick_run_compares_every_workload_and_names_no_path_of_this_machine(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(path.read_text())
     rows = {row["name"]: row for row in report["workloads"]}
-    assert len(rows) == 11 and "mixed, load 1.3" in rows
+    assert len(rows) == 15 and "mixed, load 1.3" in rows and "server, mixed, load 0.6" in rows
     assert report["calibration"]["quality"]["num_steps"] > 30
     for row in rows.values():
         assert all(found["real"] > 0 and found["simulated"] > 0 for found in row["compared"].values())
         assert all(run["completed"] == row["num_requests"] == row["simulated"]["completed"] for run in row["runs"])
+        assert ("same_speed_error_percent" in row["compared"]["median_ttft_ms"]) == (
+            not row["name"].startswith("server")
+        )
     assert rows["small pool, at once"]["runs"][0]["num_preemptions"] > 0
     assert rows["small pool, at once"]["simulated"]["num_preemptions"] > 0
     assert rows["shared prefixes, at once"]["simulated"]["prefix_cache_hits"] > 0

@@ -15,6 +15,9 @@ class UnitCost:
     def step_seconds(self, load: StepLoad) -> float:
         return 1.0
 
+    def add_seconds(self, num_prompt_tokens: int) -> float:
+        return 0.0
+
     def describe(self) -> dict[str, Any]:
         return {"cost_model": "unit"}
 

@@ -35,6 +35,9 @@ examples:
   mini-vllm simulate fragmentation                                 what paging buys
 """
 DEFAULT_TRACE_STEPS = 2000
+NOISY_SHARE = 0.15
+"""Of the steps of a calibration."""
+
 _FRAGMENTATION = {
     "num_sequences": (int, "Sequences in all."),
     "arrivals_per_step": (float, "Of them, on average."),
@@ -85,9 +88,8 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
                        help="Relative width at which --capacity stops. Default: 0.02.")  # fmt: skip
     group.add_argument("--calibrate", metavar="FILE", help="Measure steps of the engine on this machine, fit a cost to "
                        "them and write it here; --model and the engine's flags apply.")  # fmt: skip
-    group.add_argument(
-        "--calibrate-repeats", type=int, default=3, metavar="N", help="Times it is measured. Default: 3."
-    )
+    group.add_argument("--calibrate-seconds", type=float, default=40.0, metavar="S",
+                       help="About how long that takes; longer is steadier. Default: 40.")  # fmt: skip
 
 
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -263,13 +265,18 @@ def _calibrate(args: argparse.Namespace, given: dict[str, Any]) -> int:
     try:
         with _progress("measuring") as advance:
             cost = calibrate(
-                engine, repeats=args.calibrate_repeats, seed=given.get("seed", 0),
-                progress=lambda what, number, total: advance(number, total),
+                engine, seconds=args.calibrate_seconds, seed=given.get("seed", 0),
+                progress=lambda what, passed, total: advance(passed, total),
             )  # fmt: skip
     finally:
         engine.shutdown()
     cost.save(target)
     quality = cost.quality
+    if quality["disturbed_share"] > NOISY_SHARE:
+        _say(
+            f"warning: something else slowed {quality['disturbed_share']:.0%} of the steps; on average all took "
+            f"{cost.slowdown:.2f} times as long as the others, and so they do in the simulation"
+        )
     print(
         f"{quality['num_steps']:.0f} steps, median relative error {quality['median_relative_error']:.1%}, 90 % within "
         f"{quality['p90_relative_error']:.1%}, all together {quality['total_relative_error']:+.1%}; written to {target}"

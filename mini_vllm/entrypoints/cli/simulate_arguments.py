@@ -114,6 +114,7 @@ def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "step_ms", float, "two-constant: milliseconds of every step.", "MS")
     _flag(group, "token_us", float, "two-constant: microseconds of every token in it.", "US")
     _flag(group, "cost_file", str, "fitted: what --calibrate wrote.", "FILE")
+    _flag(group, "request_latency_ms", float, "What a request spends outside the engine, on its way in and back.", "MS")
 
 
 def _add_all(group: Any, flags: Mapping[str, tuple[type, str]]) -> None:
@@ -199,7 +200,8 @@ def parse_tenant(text: str) -> Any:
 
 def _cost_from(given: Mapping[str, Any]) -> "CostModel | None":
     """None is the roofline."""
-    from mini_vllm.simulator.cost import FittedCost, TwoConstantCost
+    from mini_vllm.simulator.cost import TwoConstantCost
+    from mini_vllm.simulator.fitted import FittedCost
 
     constants = [name for name in ("step_ms", "token_us") if name in given]
     implied = "fitted" if "cost_file" in given else "two-constant" if constants else "roofline"
