@@ -89,6 +89,7 @@ class Rig:
     folder: Path
     max_model_len: int = MAX_MODEL_LEN
     attention_backend: str | None = None
+    async_scheduling: bool = False
 
     def __post_init__(self) -> None:
         self._hf_config = HFConfig.from_folder(self.folder)
@@ -117,6 +118,7 @@ class Rig:
             same_step_prefix_sharing=same_step_sharing,
             policy=policy,
             preemption_policy=preemption_policy,
+            async_scheduling=self.async_scheduling,
         )
         config = EngineConfig(
             model=ModelConfig(str(self.folder), self._hf_config, "float32", max_model_len),
