@@ -31,6 +31,7 @@ class SchedulerConfig:
     tenant_weights: under 'fair', the share of a tenant by its name relative to others; 1 where none is given.
     max_model_len: a request ends at this many tokens; None is unlimited (toy engine).
     same_step_prefix_sharing: let a request admitted in a step read prefix blocks that the same step writes.
+    async_scheduling: plan a step while the one before it computes.
     """
 
     max_num_batched_tokens: int = 2048
@@ -41,6 +42,7 @@ class SchedulerConfig:
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     max_model_len: int | None = None
     same_step_prefix_sharing: bool = True
+    async_scheduling: bool = False
 
     def __post_init__(self) -> None:
         _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)

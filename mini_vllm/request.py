@@ -247,6 +247,13 @@ class Request:
         """'stop', 'length', 'abort' or 'error'; None while unfinished."""
         return FINISH_REASONS.get(self.status)
 
+    def ends_with_placeholders(self) -> bool:
+        """Whether the tokens that are being sampled bring it to a limit of length, whatever they are."""
+        pending = self.num_output_placeholders
+        return (self.max_tokens is not None and len(self.output_token_ids) + pending >= self.max_tokens) or (
+            self.max_model_len is not None and self.num_tokens + pending >= self.max_model_len
+        )
+
     def append_output_token(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
         self.all_token_ids.append(token_id)

@@ -6,10 +6,12 @@ have room for n more tokens (`allocate_slots`; None means no, and nothing was to
 
 A full block becomes findable when the plan that writes it is made. Plans run in order and every layer
 writes before it reads, so a request admitted later in the same plan may already share it. Until the
-step is confirmed the block is provisional: a preemption or a failed step makes it unfindable again.
+step is confirmed the block is provisional: a preemption or a failed step makes it unfindable again. Several plans may be
+unconfirmed at once; each has its own provisional blocks, and `confirm_step` says which plan it means.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from mini_vllm.core.block_pool import BlockPool, KVCacheBlock, extend_block_hashes
 from mini_vllm.core.interfaces import KVEventSink
@@ -18,6 +20,17 @@ from mini_vllm.request import Request
 
 ComputedBlocks = tuple[list[KVCacheBlock], ...]
 """Cached blocks of a prompt, one list per KV group, all of the same length."""
+
+@dataclass(slots=True)
+class UnconfirmedPlan:
+    """What one plan is to write, as long as nobody knows that it did.
+
+    provisional: by request, the blocks it made findable. deferred: by request, how many full blocks it has once written.
+    """
+
+    provisional: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
+    deferred: dict[str, tuple[Request, int]] = field(default_factory=dict)
+
 
 _NEVER_AGAIN = 2**62
 """In place of a number of cached blocks: whatever this request writes from here on is not made findable."""
@@ -52,8 +65,9 @@ class KVCacheManager:
         self._num_cached_blocks: dict[str, int] = {}
         self._quiet_until: dict[str, int] = {}
         """Up to so many tokens a request only fills its last block: none to take, none that becomes full."""
-        self._provisional: dict[str, list[KVCacheBlock]] = {}
-        self._deferred: dict[str, tuple[Request, int]] = {}
+        self._newest = UnconfirmedPlan()
+        self._unconfirmed: dict[int, UnconfirmedPlan] = {0: self._newest}
+        """By step, oldest first."""
         self._no_new_blocks: BlockIds = tuple([] for _ in range(num_groups))
 
     @property
@@ -112,8 +126,9 @@ class KVCacheManager:
         """
         self.block_pool.reset_prefix_cache()
         self._num_cached_blocks = dict.fromkeys(self._num_cached_blocks, _NEVER_AGAIN)
-        self._provisional.clear()
-        self._deferred.clear()
+        for plan in self._unconfirmed.values():
+            plan.provisional.clear()
+            plan.deferred.clear()
 
     # -- slots -------------------------------------------------------------------------------------------
 
@@ -177,6 +192,11 @@ class KVCacheManager:
         table += blocks
         return [block.block_id for block in blocks]
 
+    def num_missing_blocks(self, request: Request, num_new_tokens: int) -> int:
+        """Blocks that `allocate_slots` would take for a request that has a table, over all groups."""
+        missing = self.num_blocks_for(request.num_computed_tokens + num_new_tokens)
+        return max(0, missing - len(self._tables[request.request_id][0]) * self.num_groups)
+
     def free(self, request: Request) -> None:
         """Drop all references of a request, tail first so that shared prefixes are evicted last."""
         tables = self._tables.pop(request.request_id, None)
@@ -186,7 +206,8 @@ class KVCacheManager:
             self.block_pool.free_blocks(reversed(table))
         del self._num_cached_blocks[request.request_id]
         self._quiet_until.pop(request.request_id, None)
-        self._deferred.pop(request.request_id, None)
+        for plan in self._unconfirmed.values():
+            plan.deferred.pop(request.request_id, None)
 
     def fork(self, parent: Request, child: Request) -> list[BlockCopy] | None:
         """Give `child` the parent's computed tokens: full blocks shared, a partial tail copied into a fresh block.
@@ -228,32 +249,43 @@ class KVCacheManager:
         if self.same_step_sharing:
             self._make_findable(request, num_full)
         else:
-            self._deferred[request.request_id] = (request, num_full)
+            self._newest.deferred[request.request_id] = (request, num_full)
 
     def _make_findable(self, request: Request, num_full: int) -> None:
         request_id = request.request_id
         first = self._num_cached_blocks[request_id]
         hashes = extend_block_hashes(request, num_full, self.block_size)[first:num_full]
-        provisional = self._provisional.setdefault(request_id, [])
+        provisional = self._newest.provisional.setdefault(request_id, [])
         for group, table in enumerate(self._tables[request_id]):
             provisional += self.block_pool.cache_full_blocks(table[first:num_full], hashes, group)
         self._num_cached_blocks[request_id] = num_full
 
-    def confirm_step(self) -> None:
-        """The planned writes happened: provisional blocks are now simply cached."""
-        for request, num_full in self._deferred.values():
-            self._make_findable(request, num_full)
-        self._deferred.clear()
-        self._provisional.clear()
+    def cache_known(self, request: Request) -> None:
+        """Make the blocks findable that plans fill already and whose last tokens became known only now."""
+        if self.enable_caching and request.request_id in self._tables:
+            self._cache_written(request, min(request.num_computed_tokens, request.num_tokens))
 
-    def forget_unwritten(self, request_id: str) -> None:
-        """The step will not write (or did not write) this request's blocks: nobody may find them.
+    def begin_step(self, step_id: int) -> None:
+        """What follows is the plan of another step; ids only grow."""
+        self._newest = self._unconfirmed[step_id] = UnconfirmedPlan()
 
-        Also for a request that was freed since the plan was made.
-        """
-        self._deferred.pop(request_id, None)
-        for block in self._provisional.pop(request_id, ()):
-            self.block_pool.uncache(block)
+    def confirm_step(self, step_id: int | None = None) -> None:
+        """The writes planned up to this step (None: all) happened: their provisional blocks are now simply cached."""
+        for written in [number for number in self._unconfirmed if step_id is None or number <= step_id]:
+            plan = self._unconfirmed.pop(written)
+            for request, num_full in plan.deferred.values():
+                self._make_findable(request, num_full)
+            if plan is self._newest:
+                self._newest = self._unconfirmed[written] = UnconfirmedPlan()
+
+    def forget_unwritten(self, request_id: str, step_id: int | None = None) -> None:
+        """This step (None: any that is not confirmed) will not write, or did not write, the request's blocks: nobody may
+        find them. Also for a request that was freed since the plan was made."""
+        plans = self._unconfirmed.values() if step_id is None else [self._unconfirmed.get(step_id, UnconfirmedPlan())]
+        for plan in plans:
+            plan.deferred.pop(request_id, None)
+            for block in plan.provisional.pop(request_id, ()):
+                self.block_pool.uncache(block)
 
     # -- checks ------------------------------------------------------------------------------------------
 

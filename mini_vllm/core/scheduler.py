@@ -4,6 +4,9 @@ There are no phases. A request is behind by `num_tokens - num_computed_tokens`; 
 these as budget, threshold and memory allow, running requests first, then waiting ones. Chunked prefill,
 prefix hits and resumption after a preemption are this one rule. `num_computed_tokens` advances when
 the plan is made, so the next plan does not have to wait for this one's results.
+
+With `async_scheduling` it does not: a request whose next token is still being sampled has a placeholder for it and may be
+planned one token further. `may_plan_ahead` says when that is safe; whoever drives the scheduler asks first.
 """
 
 import dataclasses
@@ -136,6 +139,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Plan one step. The sum of scheduled tokens never exceeds `max_num_batched_tokens`."""
         self._step_id += 1
+        self.kv.begin_step(self._step_id)
         plan = SchedulerOutput(step_id=self._step_id)
         budget = self._schedule_running(plan, self.config.max_num_batched_tokens)
         if self.waiting.counts_tokens:
@@ -214,6 +218,8 @@ class Scheduler:
     def _clamp(self, request: Request, start: int, budget: int) -> tuple[int, str]:
         """(tokens this request may compute from position `start`, which rule made it fewer)."""
         num_new = request.num_tokens + len(request.spec_token_ids) + request.num_output_placeholders - start
+        if request.num_output_placeholders and request.ends_with_placeholders():
+            return 0, ""  # what is under way is its last token
         threshold = self.config.long_prefill_token_threshold
         if 0 < threshold < num_new:
             num_new = threshold
@@ -269,8 +275,40 @@ class Scheduler:
         plan.num_scheduled_tokens[request_id] = num_new
         plan.epochs[request_id] = request.epoch
         request.num_computed_tokens += num_new
+        if self.config.async_scheduling and request.num_computed_tokens >= (
+            request.num_tokens + request.num_output_placeholders
+        ):
+            request.num_output_placeholders += 1
         if request.unborn_ids and self.needs_sample(request):
             plan.forks[request_id] = list(request.unborn_ids)
+
+    # -- planning while a step computes ------------------------------------------------------------------
+
+    def may_plan_ahead(self) -> bool:
+        """Whether the next plan can be made before the last one's results are there: nobody would have to give way.
+
+        A request that gives way loses the token that is being sampled for it, and one that is about to end may free
+        the blocks: so whoever is short of blocks waits for the results first.
+        """
+        free, budget = self.kv.block_pool.get_num_free_blocks(), self.config.max_num_batched_tokens
+        if self.kv.num_blocks_for(budget) + len(self.running) * self.kv.num_groups <= free:
+            return True  # however the budget is shared out, the running ones have room
+        missing = 0
+        for request in self.running:
+            num_new, _ = self._clamp(request, request.num_computed_tokens, budget)
+            if num_new:
+                missing += self.kv.num_missing_blocks(request, num_new)
+                budget -= num_new
+        return missing <= free
+
+    def redo_readers(self, plan: SchedulerOutput) -> None:
+        """A row of the step before `plan` failed, and `plan` is under way: whom it admitted on cached blocks may read
+        what that row did not write. They go back to the queue; nobody else can have found such blocks yet."""
+        for new in reversed(plan.new_reqs):
+            request = self._alive(new.req_id, plan) if new.num_computed_tokens else None
+            if request is not None:
+                self._to_waiting(request)
+                self._undone_req_ids.append(new.req_id)
 
     # -- giving way --------------------------------------------------------------------------------------
 
@@ -300,6 +338,7 @@ class Scheduler:
     def undo_step(self, plan: SchedulerOutput) -> None:
         """The plan was not executed (an interrupt): its requests go back to the queue as if preempted."""
         self._undone_req_ids += self.newly_preempted  # no record of this step will tell
+        self.newly_preempted = []
         self.repeat_departures(plan)
         for request_id in reversed(plan.num_scheduled_tokens):
             self.kv.forget_unwritten(request_id)
@@ -330,16 +369,16 @@ class Scheduler:
     @staticmethod
     def needs_sample(request: Request) -> bool:
         """After `schedule()`: whether this step's tokens bring the request level, so that it samples one."""
-        return request.num_computed_tokens >= request.num_tokens
+        return request.num_computed_tokens >= request.num_tokens + max(request.num_output_placeholders - 1, 0)
 
     def update_from_output(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Append sampled tokens, end what is done, and report. Results of an earlier life are dropped."""
         for request_id, message in result.errors.items():
-            self.kv.forget_unwritten(request_id)
+            self.kv.forget_unwritten(request_id, plan.step_id)
             request = self._alive(request_id, plan)
             if request is not None:
                 self._fail(request, message)
-        self.kv.confirm_step()
+        self.kv.confirm_step(plan.step_id)
         outputs = self._bear_children(plan, result) if plan.forks else []
         any_finished = False
         requests = self.requests
@@ -370,6 +409,9 @@ class Scheduler:
         for token_id in token_ids:
             request.append_output_token(token_id)
             num_kept += 1
+            if request.num_output_placeholders:
+                request.num_output_placeholders -= 1
+                self.kv.cache_known(request)
             if request.maybe_finish():
                 self._finish(request, request.status)
                 break

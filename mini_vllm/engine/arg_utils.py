@@ -68,7 +68,7 @@ _QUANTIZATIONS = {
 """Short names of methods."""
 
 _VLLM_ARGUMENTS_NOT_HERE = frozenset(
-    """allowed_local_media_path api_server_count async_scheduling calculate_kv_scales code_revision
+    """allowed_local_media_path api_server_count calculate_kv_scales code_revision
     collect_detailed_traces compilation_config config_format cpu_offload_gb data_parallel_address
     data_parallel_backend data_parallel_rank data_parallel_size decode_context_parallel_size
     disable_cascade_attn disable_chunked_mm_input disable_custom_all_reduce disable_hybrid_kv_cache_manager
@@ -213,6 +213,11 @@ class EngineArgs:
         "Who gives way when the KV cache is full: latest takes the one that the policy puts last, least-work the one "
         "that has the least to compute again.",
         get_args(PreemptionPolicy),
+    )  # fmt: skip
+
+    async_scheduling: bool | None = _arg(
+        None, "scheduler",
+        "Plan a step while the one before it computes. Default: off.",
     )  # fmt: skip
 
     tensor_parallel_size: int = _arg(1, "device", "Devices that share the model. Only 1 so far.")
@@ -376,7 +381,9 @@ class EngineArgs:
             ),
             cache=CacheConfig(**self._fields_of(CacheConfig)),
             scheduler=SchedulerConfig(
-                **self._fields_of(SchedulerConfig) | {"policy": self.scheduling_policy, "max_model_len": max_model_len}
+                **self._fields_of(SchedulerConfig) | {"policy": self.scheduling_policy,
+                    "max_model_len": max_model_len,
+                    "async_scheduling": bool(self.async_scheduling)}
             ),
             load=LoadConfig(
                 **self._fields_of(LoadConfig) | {"use_tqdm": self.use_tqdm_on_load} | self._resolved_load_format()
@@ -456,13 +463,14 @@ _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
     "quantization_skip_layers": (str, tuple, list),
     "trust_remote_code": (bool,), "enable_prefix_caching": (bool,), "disable_log_stats": (bool,),
     "step_trace_capacity": (int,), "step_trace_detailed": (bool,), "enforce_eager": (bool,),
+    "async_scheduling": (bool,),
     "block_size": (int,), "num_gpu_blocks_override": (int,), "max_num_batched_tokens": (int,), "max_num_seqs": (int,),
     "long_prefill_token_threshold": (int,), "tensor_parallel_size": (int,), "num_threads": (int,), "seed": (int,),
     "gpu_memory_utilization": (int, float), "max_logprobs": (int,), "logits_processors": (str, tuple, list),
 }  # fmt: skip
 _MAY_BE_NONE = frozenset(
     "model tokenizer revision tokenizer_revision download_dir seed num_gpu_blocks_override num_threads "
-    "attention_backend quantization quantization_group_size".split()
+    "attention_backend quantization quantization_group_size async_scheduling".split()
 )
 
 

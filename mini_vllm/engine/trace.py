@@ -78,10 +78,11 @@ class StepTrace:
         outputs: Sequence[EngineCoreOutput],
         start_time: float,
         end_time: float,
+        preempted_req_ids: Sequence[str],
     ) -> None:
-        """Note a step that has just been applied."""
+        """Note a step that has just been applied, and who gave way for it."""
         waiting = scheduler.waiting_reasons() if self.detailed else {}
-        self.records.append(record_step(scheduler, plan, outputs, start_time, end_time, waiting))
+        self.records.append(record_step(scheduler, plan, outputs, start_time, end_time, waiting, preempted_req_ids))
 
     def last(self, n: int | None = None) -> list[StepRecord]:
         """The newest `n` records (all when None), oldest first."""
@@ -96,6 +97,7 @@ def record_step(
     start_time: float,
     end_time: float,
     waiting: dict[str, str],
+    preempted_req_ids: Sequence[str],
 ) -> StepRecord:
     """The record of a step that has just been applied."""
     head = scheduler.waiting.peek() if scheduler.waiting else None
@@ -105,7 +107,7 @@ def record_step(
         duration=end_time - start_time,
         num_scheduled_tokens=plan.num_scheduled_tokens,
         new_req_ids=[new.req_id for new in plan.new_reqs],
-        preempted_req_ids=scheduler.newly_preempted,
+        preempted_req_ids=preempted_req_ids,
         finished={out.request_id: out.finish_reason for out in outputs if out.finish_reason is not None},
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),

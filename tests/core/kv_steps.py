@@ -51,6 +51,6 @@ def kv_snapshot(kv: KVCacheManager) -> Any:
         sorted((key, block.block_id) for key, block in kv.block_pool.cached_block_hash_to_block.items()),
         {request_id: kv.block_ids(request_id) for request_id in kv._tables},
         dict(kv._num_cached_blocks),
-        {request_id: list(blocks) for request_id, blocks in kv._provisional.items()},
-        dict(kv._deferred),
+        [{request_id: list(blocks) for request_id, blocks in p.provisional.items()} for p in kv._unconfirmed.values()],
+        [dict(p.deferred) for p in kv._unconfirmed.values()],
     )

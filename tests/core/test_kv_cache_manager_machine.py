@@ -346,7 +346,7 @@ class SharesBeforeChecking(KVCacheManager):
 
 class NeverRollsBack(KVCacheManager):
     def forget_unwritten(self, request_id: str) -> None:
-        self._deferred.pop(request_id, None)
+        self._newest.deferred.pop(request_id, None)
 
 
 class FreesHeadFirst(KVCacheManager):

@@ -93,6 +93,7 @@ class Rig:
     dtype: str = "float32"
     batch_invariant: bool = False
     quantization: QuantizationOptions | None = None
+    async_scheduling: bool = False
 
     def __post_init__(self) -> None:
         self._hf_config = HFConfig.from_folder(self.folder)
@@ -125,6 +126,7 @@ class Rig:
             same_step_prefix_sharing=same_step_sharing,
             policy=policy,
             preemption_policy=preemption_policy,
+            async_scheduling=self.async_scheduling,
         )
         model = ModelConfig(
             str(self.folder), self._hf_config, self.dtype, max_model_len,

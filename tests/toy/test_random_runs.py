@@ -63,7 +63,7 @@ def stale_hashes(patch: pytest.MonkeyPatch) -> None:
 
 def no_roll_back(patch: pytest.MonkeyPatch) -> None:
     """What a failed step did not write stays findable."""
-    patch.setattr(KVCacheManager, "forget_unwritten", lambda self, request_id: None)
+    patch.setattr(KVCacheManager, "forget_unwritten", lambda *args: None)
 
 
 def early_hashes(patch: pytest.MonkeyPatch) -> None:

@@ -48,9 +48,9 @@ class CoreLoop:
     def run(self) -> None:
         """Until a `Shutdown` arrives. What a step raises beyond its requests' own errors is raised."""
         while self._running:
-            for message in self.inbox.receive(block=not self.core.scheduler.has_work()):
+            for message in self.inbox.receive(block=not self.core.has_work()):
                 self._take(message)
-            if self._running and self.core.scheduler.has_work():
+            if self._running and self.core.has_work():
                 self.send(News(self.core.step()))
 
     def _take(self, message: ToEngine) -> None:

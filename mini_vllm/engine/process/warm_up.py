@@ -21,8 +21,7 @@ def warm_up(core: EngineCore) -> None:
         return
     for params in (SamplingParams(temperature=0.0), SamplingParams(seed=0)):
         for plan in _plans(length, kv.num_groups, kv.block_size, params):
-            if core.executor.execute_model(plan) is None:
-                core.executor.sample_tokens(None)
+            core.run_unplanned(plan)
 
 
 def _plans(length: int, num_groups: int, block_size: int, params: SamplingParams) -> list[SchedulerOutput]:

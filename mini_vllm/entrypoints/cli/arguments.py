@@ -98,7 +98,7 @@ def _add_field(group: Any, field: "dataclasses.Field[Any]", defaults: Mapping[st
     default = defaults.get(field.name, field.default)
     text = field.metadata["help"].replace("%", "%%")
     options: dict[str, Any] = {"dest": field.name, "default": defaults.get(field.name, argparse.SUPPRESS)}
-    if field.type is bool:
+    if field.type in (bool, bool | None):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **options)
         return
     if default not in (None, (), "", dataclasses.MISSING):
