@@ -27,12 +27,17 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16"),
         "-mprefer-vector-width=512",
     ),
+    "avx512plain": (
+        *_AVX2,
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    ),
     "avx2": _AVX2,
     "portable": (),
 }
 """Levels from fastest to slowest, and what makes the compiler use them."""
 REQUIRED_CPU_FLAGS: dict[str, frozenset[str]] = {
     "avx512": frozenset("avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx2 fma f16c".split()),
+    "avx512plain": frozenset("avx512f avx512bw avx512dq avx512vl avx2 fma f16c".split()),
     "avx2": frozenset("avx2 fma f16c".split()),
     "portable": frozenset(),
 }
