@@ -21,7 +21,7 @@ namespace mv {
 namespace {
 
 constexpr int64_t kInlineWork = 64 * 1024;  // multiply-adds that take less time than waking a thread
-constexpr int kFewRows = 2 * kRowBlock;     // that values are widened for as often as they are used
+constexpr int kDirectRows = 2 * kRowBlock;  // that values are widened for as often as they are used
 static_assert(kSplit % kTile == 0, "a tile belongs to one split");
 
 struct Call {
@@ -138,7 +138,7 @@ void attend_block(const Call& call, Workspace& work, int row, Softening how, int
 // Keys start + first .. start + last for all rows that see some of them, in blocks of about as many rows.
 template <class Rows>
 void attend_rows(const Call& call, const Item& item, Workspace& work, Softening how, int first, int last, Rows values) {
-  int blocks = (item.num_rows + kRowBlock - 1) / kRowBlock;
+  int blocks = item.num_rows <= kFewRows ? 1 : (item.num_rows + kRowBlock - 1) / kRowBlock;
   for (int row = 0, rows; row < item.num_rows; row += rows, --blocks) {
     rows = (item.num_rows - row + blocks - 1) / blocks;
     int low = work.low[row], limit = work.limit[row + rows - 1], to = std::min(last, limit - how.start);
@@ -146,6 +146,8 @@ void attend_rows(const Call& call, const Item& item, Workspace& work, Softening 
     how.num_vectors = (to + kLanes - 1) / kLanes;
     how.masked = first > 0 || to % kLanes != 0 || work.low[row + rows - 1] > how.start || work.limit[row] - how.start < to;
     switch (rows) {
+      case 8: attend_block<kFewRows>(call, work, row, how, first, to, values); break;
+      case 7: attend_block<std::min(7, kFewRows)>(call, work, row, how, first, to, values); break;
       case 6: attend_block<6>(call, work, row, how, first, to, values); break;
       case 5: attend_block<5>(call, work, row, how, first, to, values); break;
       case 4: attend_block<4>(call, work, row, how, first, to, values); break;
@@ -159,7 +161,7 @@ void attend_rows(const Call& call, const Item& item, Workspace& work, Softening 
 template <class T>
 void attend_tile(const Call& call, const Item& item, Workspace& work, const Tile<T>& tile, const Tile<T>* next) {
   int dim = call.dim, size = call.layer.head_size;
-  bool few = item.num_rows <= kFewRows;
+  bool few = item.num_rows <= kDirectRows;
   transpose_keys(tile.keys, tile.first, tile.last, size, work.transposed, few ? tile.values : nullptr,
                  few && next && next->first == 0 && next->last >= tile.last ? next->keys : nullptr);
   float cap = call.layer.softcap * kLog2e;

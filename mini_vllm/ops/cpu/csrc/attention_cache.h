@@ -2,7 +2,6 @@
 // one block and KV head, each of head_size elements. The pages of int8_per_token_head begin with a float for every row,
 // its scale: an element stands for value * scale. They need head_size to be a multiple of 4, which keeps scales aligned.
 #pragma once
-#include <array>
 #include <type_traits>
 
 #include "attention.h"
@@ -32,7 +31,13 @@ MV_INLINE Page<T> page_of(const AttentionLayer& layer, void* half, int64_t block
 }
 
 MV_INLINE F32 load(const i8* p) {
+#if defined(__AVX512F__)
+  return as<F32>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(p))));
+#elif defined(__AVX2__)
+  return as<F32>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
   return __builtin_convertvector(__builtin_convertvector(load_raw<I8>(p), I32), F32);
+#endif
 }
 
 // --- words: as many elements as 32 bits hold -----------------------------------------------------------------
@@ -44,8 +49,10 @@ constexpr int kPerWord = 4 / int(sizeof(T));
 MV_INLINE F32 unpack(const float*, U32 words, int) { return as<F32>(words); }
 MV_INLINE F32 unpack(const bf16*, U32 words, int part) { return as<F32>(part ? words & 0xffff0000u : words << 16); }
 MV_INLINE F32 unpack(const f16*, U32 words, int part) {
-  return load(reinterpret_cast<const f16*>(
-      std::array<U16, 1>{__builtin_convertvector(part ? words >> 16 : words & 0xffffu, U16)}.data()));
+  f16 halves[kLanes];
+  U16 bits = narrow(part ? words >> 16 : words & 0xffffu);
+  std::memcpy(halves, &bits, sizeof bits);
+  return load(halves);
 }
 MV_INLINE F32 unpack(const i8*, U32 words, int part) {
   return __builtin_convertvector(as<I32>(words << (24 - 8 * part)) >> 24, F32);

@@ -14,12 +14,17 @@ namespace mv {
 
 constexpr int kTile = 64;
 constexpr int kRowBlock = 6;
-constexpr int kColumnBlock = kLanes == 16 ? 4 : 2;  // vectors beside kRowBlock rows that fit the registers
+constexpr int kFewRows = kLanes == 16 ? 8 : kRowBlock;  // as many are worked on together if there are no more
+
+// Vectors beside R rows that fit the registers.
+template <int R>
+constexpr int kColumnBlock = kLanes < 16 ? 2 : R > kRowBlock ? 2 : 4;
 
 template <class T>
 MV_INLINE void prefetch_row(const T* row, int head_size) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t at = 0; at < int64_t(head_size * sizeof(T)); at += 64) __builtin_prefetch(bytes + at);
+  __builtin_prefetch(bytes, 0, 2);
+  for (int at = 64; at < head_size * int(sizeof(T)); at += 64) __builtin_prefetch(bytes + at, 0, 2);
 }
 
 // --- scores ----------------------------------------------------------------------------------------------------
@@ -31,14 +36,14 @@ MV_INLINE void score_block(const float* queries, int dim, const float* keys, int
     F32 k[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) k[c] = load(keys + d * kTile + c * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       F32 q = splat(queries[r * dim + d]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] += q * k[c];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(scores + r * kTile + c * kLanes, acc[r][c]);
@@ -48,13 +53,13 @@ MV_INLINE void score_block(const float* queries, int dim, const float* keys, int
 template <int R>
 void score_rows(const float* queries, int dim, const float* keys, int head_size, float* scores, int num_vectors) {
   int v = 0;
-  for (; v + kColumnBlock <= num_vectors; v += kColumnBlock)
-    score_block<R, kColumnBlock>(queries, dim, keys + v * kLanes, head_size, scores + v * kLanes);
+  for (; v + kColumnBlock<R> <= num_vectors; v += kColumnBlock<R>)
+    score_block<R, kColumnBlock<R>>(queries, dim, keys + v * kLanes, head_size, scores + v * kLanes);
   keys += v * kLanes, scores += v * kLanes;
   switch (num_vectors - v) {
     case 1: return score_block<R, 1>(queries, dim, keys, head_size, scores);
-    case 2: return score_block<R, std::min(2, kColumnBlock)>(queries, dim, keys, head_size, scores);
-    case 3: return score_block<R, std::min(3, kColumnBlock)>(queries, dim, keys, head_size, scores);
+    case 2: return score_block<R, std::min(2, kColumnBlock<R>)>(queries, dim, keys, head_size, scores);
+    case 3: return score_block<R, std::min(3, kColumnBlock<R>)>(queries, dim, keys, head_size, scores);
   }
 }
 
@@ -77,7 +82,7 @@ template <int R, int C, class Rows>
 MV_INLINE void weigh_block(const float* weights, Rows values, int first, int last, int column, int dim,
                            const float* decay, float* output) {
   F32 acc[R][C];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = load(output + r * dim + column + c * kLanes) * decay[r];
@@ -86,14 +91,14 @@ MV_INLINE void weigh_block(const float* weights, Rows values, int first, int las
     F32 v[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) v[c] = load(value + c * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       F32 w = splat(weights[r * kTile + k]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] += w * v[c];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) store(output + r * dim + column + c * kLanes, acc[r][c]);
@@ -103,12 +108,12 @@ template <int R, class Rows>
 void weigh_rows(const float* weights, Rows values, int first, int last, int dim, const float* decay, float* output) {
   for (int column = 0; column < dim;) {
     int left = (dim - column) / kLanes;
-    int count = left == kColumnBlock + 1 ? (left + 1) / 2 : std::min(left, kColumnBlock);  // 5 = 3 + 2
+    int count = left == kColumnBlock<R> + 1 ? (left + 1) / 2 : std::min(left, kColumnBlock<R>);  // 5 = 3 + 2
     switch (count) {
       case 1: weigh_block<R, 1>(weights, values, first, last, column, dim, decay, output); break;
       case 2: weigh_block<R, 2>(weights, values, first, last, column, dim, decay, output); break;
-      case 3: weigh_block<R, std::min(3, kColumnBlock)>(weights, values, first, last, column, dim, decay, output); break;
-      default: weigh_block<R, kColumnBlock>(weights, values, first, last, column, dim, decay, output);
+      case 3: weigh_block<R, std::min(3, kColumnBlock<R>)>(weights, values, first, last, column, dim, decay, output); break;
+      default: weigh_block<R, kColumnBlock<R>>(weights, values, first, last, column, dim, decay, output);
     }
     column += count * kLanes;
   }
@@ -147,10 +152,10 @@ void transpose_keys(const T* const* keys, int first, int last, int head_size, fl
         store_unpacked<T>(square, (bytes + 3) / 4, transposed + d * kTile + k);
       }
     }
-    for (int i = from; i < to; ++i) {
-      if (soon) prefetch_row(soon[k + i], head_size);
-      if (later) prefetch_row(later[k + i], head_size);
-    }
+    if (soon)
+      for (int i = from; i < to; ++i) prefetch_row(soon[k + i], head_size);
+    if (later)
+      for (int i = from; i < to; ++i) prefetch_row(later[k + i], head_size);
   }
 }
 

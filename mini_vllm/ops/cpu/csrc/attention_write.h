@@ -13,8 +13,13 @@ MV_INLINE void write_row(const Q* from, int64_t size, T* to, float*) {
 }
 
 MV_INLINE void store(i8* p, F32 integers) {
-  I8 narrow = __builtin_convertvector(as<I32>(integers + 12582912.0f) - 0x4b400000, I8);
-  std::memcpy(p, &narrow, sizeof narrow);
+  I32 wide = as<I32>(integers + 12582912.0f) - 0x4b400000;
+#if defined(__AVX512F__)
+  __m128i bytes = _mm512_cvtepi32_epi8(as<__m512i>(wide));
+#else
+  I8 bytes = __builtin_convertvector(wide, I8);
+#endif
+  std::memcpy(p, &bytes, sizeof bytes);
 }
 
 // value = round(x * 127 / max|x|), scale = max|x| / 127; a row that holds an infinity or NaN gets a scale of NaN.
