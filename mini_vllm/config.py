@@ -13,6 +13,9 @@ SchedulingPolicy = Literal["fcfs", "priority", "fair"]
 PreemptionPolicy = Literal["latest", "least-work"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DEFAULT_BLOCK_SIZE = 16
+INT8_KV_CACHE_DTYPE = "int8_per_token_head"
+KV_CACHE_DTYPE_ALIASES = {"int8": INT8_KV_CACHE_DTYPE}
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", INT8_KV_CACHE_DTYPE)
 QUANTIZATION_METHODS = ("int8", "int4", "int8_per_channel_weight_only")
 
 
@@ -62,6 +65,9 @@ class CacheConfig:
     Exactly one of these decides the size, in this order: `num_gpu_blocks_override` (blocks),
     `kv_cache_memory_bytes`, `gpu_memory_utilization` (share of the device's free memory; on a CPU, of
     what the machine or its cgroup still has free after the weights).
+
+    kv_cache_dtype: what keys and values are stored in; 'auto' is the model's dtype, 'int8_per_token_head' has a scale for
+        each token and KV head.
     """
 
     block_size: int = DEFAULT_BLOCK_SIZE
@@ -69,8 +75,10 @@ class CacheConfig:
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        _require_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _require_at_least("block_size", self.block_size, 1)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization: must be in (0, 1], got {self.gpu_memory_utilization}")

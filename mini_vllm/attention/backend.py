@@ -100,9 +100,17 @@ class AttentionBackend(Protocol):
     def supports(head_size: int, dtype: torch.dtype) -> str | None:
         """None when it can serve such layers, else why not."""
 
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]]
+    """Names of `attention.kv_dtype` that caches may have, whatever the layers' own type."""
+
     @staticmethod
-    def kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
-        """Shape of one layer's cache tensor, K and V together."""
+    def kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype: str = "auto"
+    ) -> tuple[int, ...]:
+        """Shape of one layer's cache tensor, K and V together, its elements being `kv_dtype.storage_dtype`.
+
+        Its bytes are all that a layer keeps, scales included: pools are sized by it.
+        """
 
     @staticmethod
     def copy_blocks(kv_cache: torch.Tensor, sources: Sequence[int], destinations: Sequence[int]) -> None:

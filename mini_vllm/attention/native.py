@@ -13,11 +13,16 @@ from typing import ClassVar
 import torch
 
 from mini_vllm.attention.backend import CommonAttentionMetadata
+from mini_vllm.attention.kv_dtype import FLOAT_KV_CACHE_DTYPES, cache_shape
 from mini_vllm.attention.torch_ref import TorchRefBackend
+from mini_vllm.config import INT8_KV_CACHE_DTYPE
 from mini_vllm.core.interfaces import KVCacheSpec
 from mini_vllm.ops.cpu import library
 from mini_vllm.ops.cpu.kernel import INT64, POINTER, Kernel
 from mini_vllm.ops.cpu.library import DTYPE_CODES
+
+CACHE_CODES: dict[torch.dtype, int] = {**DTYPE_CODES, torch.int8: 16}
+"""How the kernel is told what a cache holds; int8 has a scale for each token and head."""
 
 
 class _Layer(ctypes.Structure):
@@ -135,7 +140,7 @@ class NativeAttentionImpl:
         layer.block_size, layer.dtype, layer.cache_dtype = (
             kv_cache.shape[3],
             DTYPE_CODES[dtype],
-            DTYPE_CODES[kv_cache.dtype],
+            CACHE_CODES[kv_cache.dtype],
         )
         layer.window, layer.scale, layer.softcap = self.sliding_window or 0, self.scale, self.logit_softcap or 0.0
         self._values_offset = kv_cache.stride(0) * kv_cache.element_size()
@@ -152,6 +157,7 @@ class NativeBackend:
     name: ClassVar[str] = "CPU_NATIVE"
     impl_cls: ClassVar[type[NativeAttentionImpl]] = NativeAttentionImpl
     builder_cls: ClassVar[type[NativeMetadataBuilder]] = NativeMetadataBuilder
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (*FLOAT_KV_CACHE_DTYPES, INT8_KV_CACHE_DTYPE)
 
     @staticmethod
     def supports(head_size: int, dtype: torch.dtype) -> str | None:
@@ -160,9 +166,11 @@ class NativeBackend:
         return None if library.available() else "there is no library of native kernels (the log says why)"
 
     @staticmethod
-    def kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
-        """[2 (keys, values), num_blocks, num_kv_heads, block_size, head_size]."""
-        return TorchRefBackend.kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
+    def kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype: str = "auto"
+    ) -> tuple[int, ...]:
+        """See `kv_dtype.cache_shape`."""
+        return cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype)
 
     @staticmethod
     def copy_blocks(kv_cache: torch.Tensor, sources: Sequence[int], destinations: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """Paged attention in plain torch: the reference for native kernels, and the backend where there are none.
 
 A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_size]; with keys and values seen as rows of
-`head_size`, one `index_select` brings those of many requests into the shape batched products want. Only rows that hold
+`head_size`, one `index_select` brings those of many requests into the shape batched products want. Rows of a cache in
+another type than the queries become float32, and so do the queries (int8 rows: their values times their scale). Only rows that hold
 written tokens are ever read: what pads a ragged batch points at the request's own last token and is masked. Row
 indices and masks are made once a step and shared by all layers of a group.
 """
@@ -16,6 +17,8 @@ import numpy.typing as npt
 import torch
 
 from mini_vllm.attention.backend import CommonAttentionMetadata
+from mini_vllm.attention.kv_dtype import FLOAT_KV_CACHE_DTYPES, cache_shape, quantize, scales_and_rows
+from mini_vllm.config import INT8_KV_CACHE_DTYPE
 from mini_vllm.core.interfaces import KVCacheSpec
 
 QUERY_BLOCK = 128
@@ -208,6 +211,44 @@ class _RowIndex:
         return DecodeBatch(tokens, rows, torch.from_numpy(mask).to(self.device), num_keys)
 
 
+class _Rows:
+    """One half of a layer's cache, keys or values, as rows [num_blocks * Hkv * block_size, head_size]."""
+
+    def __init__(self, rows: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self.rows, self.scales, self.dtype = rows, scales, dtype
+
+    @classmethod
+    def halves(cls, kv_cache: torch.Tensor, dtype: torch.dtype) -> "tuple[_Rows, _Rows]":
+        """(keys, values); what is read comes in `dtype`."""
+        if kv_cache.dtype is not torch.int8:
+            keys, values = (cls(half.view(-1, half.shape[-1]), None, dtype) for half in kv_cache.unbind(0))
+            return keys, values
+        scales, rows = scales_and_rows(kv_cache)
+        keys, values = (cls(half, scale, dtype) for half, scale in zip(rows.unbind(0), scales.unbind(0), strict=True))
+        return keys, values
+
+    def write(self, at: torch.Tensor, x: torch.Tensor) -> None:
+        """x [N, Hkv, head_size] to rows at [N * Hkv]."""
+        x = x.reshape(-1, x.shape[-1])
+        if self.scales is None:
+            self.rows.index_copy_(0, at, x.to(self.rows.dtype))
+            return
+        place = self._place(at)
+        self.rows[place], self.scales[place] = quantize(x)
+
+    def read(self, at: torch.Tensor) -> torch.Tensor:
+        """Rows at [...] -> [..., head_size]."""
+        if self.scales is None:
+            return self.rows.index_select(0, at).to(self.dtype)
+        place = self._place(at)
+        return self.rows[place].to(self.dtype) * self.scales[place][:, None]
+
+    def _place(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(block, head, offset) of rows: with scales between them they have no common stride."""
+        _, heads, block_size, _ = self.rows.shape
+        return at // (heads * block_size), at // block_size % heads, at % block_size
+
+
 class TorchRefImpl:
     """One layer's attention: write, gather, two batched products around a float32 softmax."""
 
@@ -237,11 +278,13 @@ class TorchRefImpl:
         """See `AttentionImpl.forward`."""
         common = metadata.common
         num_tokens = common.num_actual_tokens
-        bytes_per_token = 2 * self.num_kv_heads * self.head_size * kv_cache.element_size()
+        dtype = query.dtype if query.dtype is kv_cache.dtype else torch.float32
+        bytes_per_token = 2 * self.num_kv_heads * self.head_size * dtype.itemsize
         plan = metadata.plan_for(CacheShape(self.num_kv_heads, bytes_per_token, self.sliding_window))
-        keys, values = (half.view(-1, self.head_size) for half in kv_cache.unbind(0))
-        keys.index_copy_(0, plan.new_rows, key[:num_tokens].reshape(-1, self.head_size))
-        values.index_copy_(0, plan.new_rows, value[:num_tokens].reshape(-1, self.head_size))
+        keys, values = _Rows.halves(kv_cache, dtype)
+        keys.write(plan.new_rows, key[:num_tokens])
+        values.write(plan.new_rows, value[:num_tokens])
+        query = query.to(dtype)
         for batch in plan.decodes:
             self._decode(query, keys, values, batch, output[:num_tokens])
         for chunk in plan.prefills:
@@ -249,33 +292,33 @@ class TorchRefImpl:
         output[num_tokens:].zero_()
 
     def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: DecodeBatch, output: torch.Tensor
+        self, query: torch.Tensor, key_rows: _Rows, value_rows: _Rows, batch: DecodeBatch, output: torch.Tensor
     ) -> None:
         heads, group, size = self.num_kv_heads, self.group_size, self.head_size
         queries = query[: len(output)] if batch.tokens is None else query.index_select(0, batch.tokens)
-        keys = keys.index_select(0, batch.rows).view(-1, batch.num_keys, size)
-        values = values.index_select(0, batch.rows).view(-1, batch.num_keys, size)
+        keys = key_rows.read(batch.rows).view(-1, batch.num_keys, size)
+        values = value_rows.read(batch.rows).view(-1, batch.num_keys, size)
         grouped = queries.reshape(-1, heads, group, size).transpose(0, 1).reshape(-1, group, size)
         probs = self._probabilities(torch.bmm(grouped, keys.transpose(1, 2)), batch.mask)
         attended = torch.bmm(probs, values).view(heads, -1, group, size).transpose(0, 1).reshape(queries.shape)
         if batch.tokens is None:
             output.copy_(attended)
         else:
-            output.index_copy_(0, batch.tokens, attended)
+            output.index_copy_(0, batch.tokens, attended.to(output.dtype))
 
     def _prefill(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        key_rows: _Rows,
+        value_rows: _Rows,
         chunk: PrefillChunk,
         future: torch.Tensor,
         causal: bool,
         output: torch.Tensor,
     ) -> None:
         heads, group, size = self.num_kv_heads, self.group_size, self.head_size
-        keys = keys.index_select(0, chunk.rows).view(heads, -1, size)
-        values = values.index_select(0, chunk.rows).view(heads, -1, size)
+        keys = key_rows.read(chunk.rows).view(heads, -1, size)
+        values = value_rows.read(chunk.rows).view(heads, -1, size)
         step = max(1, min(QUERY_BLOCK, MAX_SCORES // (self.num_heads * chunk.num_keys)))
         for start in range(chunk.start, chunk.stop, step):
             stop = min(start + step, chunk.stop)
@@ -323,15 +366,18 @@ class TorchRefBackend:
     name: ClassVar[str] = "TORCH_REF"
     impl_cls: ClassVar[type[TorchRefImpl]] = TorchRefImpl
     builder_cls: ClassVar[type[TorchRefMetadataBuilder]] = TorchRefMetadataBuilder
+    supported_kv_cache_dtypes: ClassVar[tuple[str, ...]] = (*FLOAT_KV_CACHE_DTYPES, INT8_KV_CACHE_DTYPE)
 
     @staticmethod
     def supports(head_size: int, dtype: torch.dtype) -> str | None:
         return None if dtype.is_floating_point else "only floating-point types are implemented"
 
     @staticmethod
-    def kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int) -> tuple[int, ...]:
-        """[2 (keys, values), num_blocks, num_kv_heads, block_size, head_size]."""
-        return 2, num_blocks, num_kv_heads, block_size, head_size
+    def kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype: str = "auto"
+    ) -> tuple[int, ...]:
+        """See `kv_dtype.cache_shape`."""
+        return cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype)
 
     @staticmethod
     def copy_blocks(kv_cache: torch.Tensor, sources: Sequence[int], destinations: Sequence[int]) -> None:

@@ -21,6 +21,7 @@ from mini_vllm.request import Request
 ComputedBlocks = tuple[list[KVCacheBlock], ...]
 """Cached blocks of a prompt, one list per KV group, all of the same length."""
 
+
 @dataclass(slots=True)
 class UnconfirmedPlan:
     """What one plan is to write, as long as nobody knows that it did.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from mini_vllm.config import (
     DEFAULT_BLOCK_SIZE,
+    KV_CACHE_DTYPES,
     CacheConfig,
     DeviceConfig,
     EngineConfig,
@@ -30,6 +31,7 @@ from mini_vllm.config import (
     SchedulingPolicy,
 )
 from mini_vllm.engine.arg_values import (
+    parse_kv_cache_dtype,
     parse_logits_processors,
     parse_max_model_len,
     parse_names,
@@ -75,7 +77,7 @@ _VLLM_ARGUMENTS_NOT_HERE = frozenset(
     disable_sliding_window distributed_executor_backend enable_chunked_prefill enable_dbo
     enable_eplb enable_expert_parallel enable_lora enable_mm_embeds enable_prompt_embeds enable_sleep_mode
     eplb_config fully_sharded_loras hf_config_path hf_overrides hf_token ignore_patterns
-    io_processor_plugin kv_cache_dtype kv_events_config kv_offloading_size kv_sharing_fast_prefill
+    io_processor_plugin kv_events_config kv_offloading_size kv_sharing_fast_prefill
     kv_transfer_config limit_mm_per_prompt logprobs_mode lora_dtype mamba_block_size
     mamba_cache_dtype mamba_ssm_cache_dtype max_cpu_loras max_long_partial_prefills max_lora_rank
     max_loras max_num_partial_prefills max_parallel_loading_workers mm_encoder_tp_mode mm_processor_cache_gb
@@ -192,6 +194,12 @@ class EngineArgs:
         None, "cache", "Bytes of the KV cache, such as 2G (2 x 2^30); wins over --gpu-memory-utilization."
     )
     num_gpu_blocks_override: int | None = _arg(None, "cache", "Blocks of the KV cache; wins over both of the above.")
+    kv_cache_dtype: str = _arg(
+        "auto", "cache",
+        "What keys and values are stored in: auto (the model's dtype), a float type, or int8_per_token_head (also int8), "
+        "which has a scale for each token and KV head.",
+        (*KV_CACHE_DTYPES, "int8"),
+    )  # fmt: skip
 
     max_num_batched_tokens: int = _arg(2048, "scheduler", "Tokens one step may compute, over all requests.")
     max_num_seqs: int = _arg(256, "scheduler", "Requests that may run at once.")
@@ -247,6 +255,7 @@ class EngineArgs:
             raise ConfigError(f"max_logprobs: must be -1 (all) or at least 0, got {self.max_logprobs}")
         object.__setattr__(self, "logits_processors", parse_logits_processors(self.logits_processors))
         object.__setattr__(self, "quantization_skip_layers", parse_names(self.quantization_skip_layers))
+        object.__setattr__(self, "kv_cache_dtype", parse_kv_cache_dtype(self.kv_cache_dtype))
         self.quantization_options()  # refused here if they are wrong
         object.__setattr__(self, "tenant_weights", parse_tenant_weights(self.tenant_weights))
         object.__setattr__(self, "max_model_len", parse_max_model_len(self.max_model_len))
@@ -381,9 +390,12 @@ class EngineArgs:
             ),
             cache=CacheConfig(**self._fields_of(CacheConfig)),
             scheduler=SchedulerConfig(
-                **self._fields_of(SchedulerConfig) | {"policy": self.scheduling_policy,
+                **self._fields_of(SchedulerConfig)
+                | {
+                    "policy": self.scheduling_policy,
                     "max_model_len": max_model_len,
-                    "async_scheduling": bool(self.async_scheduling)}
+                    "async_scheduling": bool(self.async_scheduling),
+                }
             ),
             load=LoadConfig(
                 **self._fields_of(LoadConfig) | {"use_tqdm": self.use_tqdm_on_load} | self._resolved_load_format()
@@ -457,7 +469,7 @@ _EXPECTED_TYPES: Mapping[str, tuple[type, ...]] = {
     "model": (str, os.PathLike), "tokenizer": (str, os.PathLike), "generation_config": (str, os.PathLike),
     "revision": (str,), "tokenizer_revision": (str,), "download_dir": (str, os.PathLike), "use_tqdm_on_load": (bool,),
     "dtype": (str,), "load_format": (str,), "scheduling_policy": (str,), "preemption_policy": (str,),
-    "device": (str,), "attention_backend": (str,),
+    "device": (str,), "attention_backend": (str,), "kv_cache_dtype": (str,),
     "quantization": (str,), "quantization_group_size": (int,), "quantization_symmetric": (bool,),
     "quantization_activation_scales": (str,), "quantization_lm_head": (str,),
     "quantization_skip_layers": (str, tuple, list),

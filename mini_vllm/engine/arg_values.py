@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mini_vllm.config import KV_CACHE_DTYPE_ALIASES, KV_CACHE_DTYPES
 from mini_vllm.exceptions import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -82,3 +83,13 @@ def parse_max_model_len(value: Any) -> int | str | None:
     if size < 1:
         raise ConfigError(f"max_model_len: must be at least 1, or 'auto', got {value!r}")
     return size
+
+
+def parse_kv_cache_dtype(value: str) -> str:
+    """One of `KV_CACHE_DTYPES`, by its name or a short one. Raises `ConfigError`."""
+    name = KV_CACHE_DTYPE_ALIASES.get(value, value)
+    if name not in KV_CACHE_DTYPES:
+        raise ConfigError(
+            f"kv_cache_dtype: must be one of {', '.join((*KV_CACHE_DTYPES, *KV_CACHE_DTYPE_ALIASES))}, got {value!r}"
+        )
+    return name

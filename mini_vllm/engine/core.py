@@ -144,7 +144,9 @@ class EngineCore:
     def _failed(self, plan: SchedulerOutput, error: Exception) -> ModelRunnerOutput:
         self.scheduler.repeat_departures(plan)
         self._require_working_executor(plan, error)
-        logger.error("step %d failed; its %d requests end with an error", plan.step_id, len(plan.epochs), exc_info=error)
+        logger.error(
+            "step %d failed; its %d requests end with an error", plan.step_id, len(plan.epochs), exc_info=error
+        )
         message = f"the step failed: {type(error).__name__}: {error}"
         return ModelRunnerOutput(errors=dict.fromkeys(plan.num_scheduled_tokens, message))
 

@@ -4,12 +4,16 @@ It is handed flat queries, keys and values; by its `prefix` it finds the step's 
 forward context, and its backend does the rest.
 """
 
+import math
+
 import torch
 from torch import nn
 
 from mini_vllm.attention.context import get_forward_context
+from mini_vllm.attention.kv_dtype import storage_dtype
 from mini_vllm.attention.selector import get_attn_backend
 from mini_vllm.core.interfaces import KVCacheSpec
+from mini_vllm.exceptions import ConfigError
 from mini_vllm.ops.batch_invariance import is_batch_invariant, require_attention_backend
 from mini_vllm.ops.cpu.kernel import empty_like
 
@@ -59,10 +63,17 @@ class Attention(nn.Module):
         return output.view(-1, self.num_heads * self.head_size)
 
     def get_kv_cache_spec(self, block_size: int, dtype: str) -> KVCacheSpec:
-        """What one block of this layer takes. A sliding window still keeps every block: the mask alone is narrower."""
-        itemsize = getattr(torch, dtype).itemsize
-        page_size = 2 * block_size * self.num_kv_heads * self.head_size * itemsize
-        return KVCacheSpec(block_size, page_size, dtype)
+        """What one block of this layer takes. A sliding window still keeps every block: the mask alone is narrower.
+
+        dtype: of the cache, never 'auto'. Raises `ConfigError` if the backend has no such cache.
+        """
+        supported = self.backend.supported_kv_cache_dtypes
+        if dtype not in supported:
+            raise ConfigError(
+                f"kv_cache_dtype: attention backend {self.backend.name} stores {', '.join(supported)}, not {dtype!r}"
+            )
+        page = self.backend.kv_cache_shape(1, block_size, self.num_kv_heads, self.head_size, dtype)
+        return KVCacheSpec(block_size, math.prod(page) * storage_dtype(dtype).itemsize, dtype)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}/{self.num_kv_heads}, head_size={self.head_size}, backend={self.backend.name}"

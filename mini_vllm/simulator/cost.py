@@ -13,7 +13,6 @@ import numpy as np
 
 from mini_vllm.bench.cost import attended_keys, attended_pairs
 from mini_vllm.exceptions import ConfigError
-from mini_vllm.simulator.planner.geometry import dtype_bytes
 from mini_vllm.simulator.planner.parallel import tp_comm_seconds_per_step
 from mini_vllm.simulator.planner.roofline import StepModel
 from mini_vllm.simulator.planner.setup import Setup
@@ -177,7 +176,7 @@ class _LayerCost:
 
 def _layer_costs(model: StepModel) -> list[_LayerCost]:
     """`StepModel._attention`, per key, request and pair."""
-    size, costs = dtype_bytes(model.kv_dtype), []
+    size, costs = model.model.kv_dtype_bytes(model.kv_dtype), []
     for kind in model.model.kv_layers:
         if kind.kind == "mamba":
             costs.append(_LayerCost(None, 0.0, kind.num_layers * 2 * kind.state_elements * size, 0.0))

@@ -17,6 +17,7 @@ from torch import nn
 
 from mini_vllm.attention.backend import AttentionBackend, AttentionMetadata, MetadataBuilder
 from mini_vllm.attention.context import ForwardContext, set_forward_context
+from mini_vllm.attention.kv_dtype import storage_dtype
 from mini_vllm.config import EngineConfig
 from mini_vllm.core.interfaces import KVCacheConfig, KVCacheGroup, KVCacheSpec
 from mini_vllm.core.scheduler_output import BlockCopy, ModelRunnerOutput, PromptLogprobs, SchedulerOutput
@@ -89,9 +90,11 @@ class ModelRunner:
 
     def get_kv_cache_groups(self) -> tuple[KVCacheGroup, ...]:
         """The attention layers, those of equal specs together: they share a block table."""
+        asked = self.config.cache.kv_cache_dtype
+        dtype = self.config.model.dtype if asked == "auto" else asked
         by_spec: dict[KVCacheSpec, list[str]] = {}
         for name, layer in self.layers.items():
-            spec = layer.get_kv_cache_spec(self.config.cache.block_size, self.config.model.dtype)
+            spec = layer.get_kv_cache_spec(self.config.cache.block_size, dtype)
             by_spec.setdefault(spec, []).append(name)
         return tuple(KVCacheGroup(tuple(names), spec) for spec, names in by_spec.items())
 
@@ -115,11 +118,11 @@ class ModelRunner:
             block_size = group.spec.block_size
             for name, layer in zip(group.layer_names, layers, strict=True):
                 shapes[name] = layer.backend.kv_cache_shape(
-                    kv_cache_config.num_blocks, block_size, layer.num_kv_heads, layer.head_size
+                    kv_cache_config.num_blocks, block_size, layer.num_kv_heads, layer.head_size, group.spec.dtype
                 )
             backend = layers[0].backend
             self._groups.append((group, backend, backend.builder_cls(group.spec, self.device)))
-        dtype = getattr(torch, kv_cache_config.groups[0].spec.dtype)
+        dtype = storage_dtype(kv_cache_config.groups[0].spec.dtype)
         self.kv_caches = allocate_kv_caches(shapes, dtype, self.device)
         scheduler = self.config.scheduler
         block_sizes = [group.spec.block_size for group in kv_cache_config.groups]

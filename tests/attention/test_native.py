@@ -44,6 +44,7 @@ def cases(draw):
         softcap=draw(st.sampled_from([None, None, 3.0, 30.0])),
         padding=draw(st.sampled_from([0, 0, 3])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
+        cache_dtype=draw(st.sampled_from([None, "int8_per_token_head", "int8_per_token_head", "bfloat16", "float32"])),
         seed=draw(st.integers(0, 1000)),
     )
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mini_vllm.attention import torch_ref
 from mini_vllm.attention.backend import AttentionBackend, AttentionImpl
+from mini_vllm.attention.kv_dtype import quantize, scales_and_rows, storage_dtype
 from mini_vllm.attention.torch_ref import TorchRefBackend, TorchRefMetadataBuilder
 from mini_vllm.core.interfaces import KVCacheSpec
 from tests.paged import common_metadata
@@ -34,6 +35,8 @@ class Case:
     padding: int = 0
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    cache_dtype: str | None = None
+    """Of the cache; None is `dtype`."""
 
 
 class PagedCase:
@@ -49,6 +52,7 @@ class PagedCase:
 
         self.keys = [normal(n, case.num_kv_heads, case.head_size) * 2 for n in self.seq_lens]
         self.values = [normal(n, case.num_kv_heads, case.head_size) for n in self.seq_lens]
+        self.cached_keys, self.cached_values = (list(map(self.as_cached, t)) for t in (self.keys, self.values))
         total = sum(case.query_lens)
         self.query = normal(total + case.padding, case.num_heads, case.head_size)
         blocks = [-(-n // case.block_size) for n in self.seq_lens]
@@ -59,16 +63,34 @@ class PagedCase:
         for row, count in enumerate(blocks):
             self.table[row, :count], order = order[:count], order[count:]
 
+    @property
+    def cache_dtype(self) -> str:
+        return self.case.cache_dtype or str(self.case.dtype).removeprefix("torch.")
+
+    def as_cached(self, x: torch.Tensor) -> torch.Tensor:
+        """What is read of keys or values once they were written."""
+        if self.cache_dtype != "int8_per_token_head":
+            return x.to(storage_dtype(self.cache_dtype))
+        values, scales = quantize(x)
+        return values.double() * scales[..., None].double()
+
     def cache(self) -> torch.Tensor:
-        """Every slot NaN except those of the context."""
+        """Every slot NaN (of int8, its scale) except those of the context."""
         case = self.case
-        shape = TorchRefBackend.kv_cache_shape(self.num_blocks, case.block_size, case.num_kv_heads, case.head_size)
-        cache = torch.full(shape, float("nan"), dtype=case.dtype)
+        shape = TorchRefBackend.kv_cache_shape(
+            self.num_blocks, case.block_size, case.num_kv_heads, case.head_size, self.cache_dtype
+        )
+        dtype = storage_dtype(self.cache_dtype)
+        cache = torch.full(shape, -1 if dtype is torch.int8 else float("nan"), dtype=dtype)
+        scales, rows = scales_and_rows(cache) if dtype is torch.int8 else (None, cache)
         for row, context in enumerate(case.context_lens):
             for position in range(context):
                 block, offset = self.table[row, position // case.block_size], position % case.block_size
-                cache[0, block, :, offset] = self.keys[row][position]
-                cache[1, block, :, offset] = self.values[row][position]
+                for half, tensors in enumerate((self.keys, self.values)):
+                    if scales is None:
+                        rows[half, block, :, offset] = tensors[row][position]
+                    else:
+                        rows[half, block, :, offset], scales[half, block, :, offset] = quantize(tensors[row][position])
         return cache
 
     def new(self, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -92,7 +114,7 @@ class PagedCase:
         case, outputs, start = self.case, [], 0
         for row, query_len in enumerate(case.query_lens):
             k, v = (t[row].double().repeat_interleave(case.num_heads // case.num_kv_heads, 1)
-                    for t in (self.keys, self.values))  # fmt: skip
+                    for t in (self.cached_keys, self.cached_values))  # fmt: skip
             for i in range(query_len):
                 position = case.context_lens[row] + i
                 last = position + 1 if case.causal else self.seq_lens[row]
@@ -134,6 +156,7 @@ def cases(draw):
         softcap=draw(st.sampled_from([None, None, 3.0, 30.0])),
         padding=draw(st.sampled_from([0, 0, 3])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
+        cache_dtype=draw(st.sampled_from([None, None, "int8_per_token_head", "float16", "float32"])),
         seed=draw(st.integers(0, 1000)),
     )
 

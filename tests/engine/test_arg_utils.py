@@ -28,7 +28,7 @@ def test_defaults_are_vllms() -> None:
         "kv_cache_memory_bytes": None, "num_gpu_blocks_override": None, "max_num_batched_tokens": 2048,
         "max_num_seqs": 256, "long_prefill_token_threshold": 0, "scheduling_policy": "fcfs", "tensor_parallel_size": 1,
         "attention_backend": None, "preemption_policy": "latest", "tenant_weights": {}, "step_trace_capacity": 256,
-        "step_trace_detailed": False,
+        "step_trace_detailed": False, "kv_cache_dtype": "auto",
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -58,7 +58,7 @@ def test_an_argument_like_no_other_is_refused_with_all_valid_ones() -> None:
         EngineArgs.from_kwargs(zzzzqqqq=1)
 
 
-_ABSENT = ["cpu_offload_gb", "kv_cache_dtype", "enable_lora", "speculative_config", "hf_overrides"]
+_ABSENT = ["cpu_offload_gb", "enable_lora", "speculative_config", "hf_overrides"]
 
 
 @pytest.mark.parametrize("name", _ABSENT)

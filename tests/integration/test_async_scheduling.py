@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from mini_vllm.core.scheduler_output import EngineCoreOutput, SchedulerOutput, TokenLogprobs
 from mini_vllm.engine.core import EngineCore
@@ -22,7 +23,7 @@ from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.worker.input_batch import InputBatch
 from tests.checkpoints import make_checkpoint
 from tests.integration import test_master_invariant as master
-from tests.integration.rig import VOCAB_SIZE, Job, Rig, run, tokens
+from tests.integration.rig import VOCAB_SIZE, Rig, run, tokens
 from tests.integration.test_master_invariant import (  # noqa: F401  (collected here, with this module's rig)
     JOBS,
     alone,
@@ -38,7 +39,6 @@ from tests.integration.test_master_invariant import (  # noqa: F401  (collected 
     test_whoever_goes_first_and_whoever_gives_way_the_tokens_are_the_same,
     tight_pool,
 )
-from hypothesis import settings
 
 MAX_STEPS = 3000
 

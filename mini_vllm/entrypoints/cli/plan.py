@@ -111,7 +111,7 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine, as for serve")
     _flag(group, "max_model_len", _size, "Tokens a request may hold. Default: the model's limit.", metavar="SIZE")
-    _flag(group, "kv_cache_dtype", str, "auto (the model's), bfloat16, fp8, ...", metavar="NAME")
+    _flag(group, "kv_cache_dtype", str, "auto (the model's), bfloat16, int8, fp8, ...", metavar="NAME")
     _flag(group, "block_size", int, "Tokens in a KV cache block.")
     _flag(group, "gpu_memory_utilization", float, "Share of memory that may be used.", metavar="X")
     _flag(group, "kv_cache_memory_bytes", _size, "Bytes of the KV cache, in place of that share.", metavar="SIZE")

@@ -87,7 +87,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     _flag(group, "preset", str, "A well-known model by name; see plan --list-presets.", "NAME")
     _flag(group, "dtype", str, "Precision of weights and activations. Default: the model's.", "NAME")
     _flag(group, "quantization", str, "How weights are stored: fp8, int8, awq, q4_k_m, ...", "NAME")
-    _flag(group, "kv_cache_dtype", str, "auto (the model's), bfloat16, fp8, ...", "NAME")
+    _flag(group, "kv_cache_dtype", str, "auto (the model's), bfloat16, int8, fp8, ...", "NAME")
     _flag(group, "hf_overrides", plan_flags._json_object, "Keys of config.json in place of the model's.", "JSON")
 
 

@@ -7,9 +7,19 @@ per token that all heads share, `mamba` a state per sequence that does not grow.
 
 from dataclasses import dataclass, replace
 
+from mini_vllm.config import INT8_KV_CACHE_DTYPE, KV_CACHE_DTYPE_ALIASES
 from mini_vllm.exceptions import ConfigError
 
-KV_DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
+KV_DTYPE_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "fp8": 1.0,
+    "fp8_e4m3": 1.0,
+    "fp8_e5m2": 1.0,
+    INT8_KV_CACHE_DTYPE: 1.0,
+}
+"""Of a number, without the float32 scale that int8 has for every `head_dim` of them."""
 WEIGHT_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -154,7 +164,15 @@ class ModelGeometry:
     def kv_bytes_per_token(self, kv_dtype: str, tensor_parallel_size: int = 1) -> int:
         """Bytes a new token adds over all layers on one rank, as long as no window is full."""
         elements = sum(kind.num_layers * self._elements(kind, tensor_parallel_size) for kind in self.kv_layers)
-        return int(elements * dtype_bytes(kv_dtype))
+        return round(elements * self.kv_dtype_bytes(kv_dtype))
+
+    def kv_dtype_bytes(self, kv_dtype: str) -> float:
+        """Bytes of one cached number, its share of a scale included. Raises `ConfigError`."""
+        if KV_CACHE_DTYPE_ALIASES.get(kv_dtype, kv_dtype) != INT8_KV_CACHE_DTYPE:
+            return dtype_bytes(kv_dtype)
+        if any(layers.kind not in ("full", "sliding_window") for layers in self.kv_layers):
+            raise ConfigError(f"kv_cache_dtype: {kv_dtype} is for keys and values of heads, which {self.name} lacks")
+        return 1.0 + 4.0 / self.head_dim
 
     def kv_bytes_per_sequence(self, num_tokens: int, kv_dtype: str, tensor_parallel_size: int = 1) -> int:
         """Bytes a sequence needs on one rank: windows hold no more than their length, states do not grow."""
@@ -162,7 +180,7 @@ class ModelGeometry:
         for layers in self.kv_layers:
             kept = layers.tokens_kept(num_tokens) * self._elements(layers, tensor_parallel_size)
             elements += layers.num_layers * (kept + layers.state_elements / tensor_parallel_size)
-        return int(elements * dtype_bytes(kv_dtype))
+        return round(elements * self.kv_dtype_bytes(kv_dtype))
 
     def _elements(self, layers: KVLayers, tensor_parallel_size: int) -> float:
         """Of one layer and token on one rank. Heads are whole: with fewer KV heads than ranks they are copied."""
@@ -187,6 +205,7 @@ class ModelGeometry:
 
 def dtype_bytes(kv_dtype: str) -> float:
     """Bytes of one cached number. Raises `ConfigError`."""
+    kv_dtype = KV_CACHE_DTYPE_ALIASES.get(kv_dtype, kv_dtype)
     if kv_dtype not in KV_DTYPE_BYTES:
         raise ConfigError(f"kv_cache_dtype: must be one of auto, {', '.join(KV_DTYPE_BYTES)}, got {kv_dtype!r}")
     return KV_DTYPE_BYTES[kv_dtype]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mini_vllm.bench.cost import attended_keys, attended_pairs
-from mini_vllm.simulator.planner.geometry import KVLayers, ModelGeometry, dtype_bytes
+from mini_vllm.simulator.planner.geometry import KVLayers, ModelGeometry
 from mini_vllm.simulator.planner.hardware import Hardware
 from mini_vllm.simulator.planner.memory import Quantisation, bytes_per_weight
 
@@ -148,7 +148,7 @@ class StepModel:
 
     def _attention(self, layers: KVLayers, chunks: Sequence[tuple[int, int]]) -> tuple[float, float]:
         """(bytes of cache read and written, operations) of these layers."""
-        size = dtype_bytes(self.kv_dtype)
+        size = self.model.kv_dtype_bytes(self.kv_dtype)
         if layers.kind == "mamba":
             return layers.num_layers * 2 * len(chunks) * layers.state_elements * size, 0.0
         keys = sum(attended_keys(start, count, layers.window) for start, count in chunks)

@@ -37,10 +37,10 @@ def _kv_line(s: Setup, layers: KVLayers) -> Line:
     size = s.kv_dtype_bytes
     key, name = f"kv_{layers.kind}", layers.kind.replace("_", " ")
     if layers.kind == "mamba":
-        value = int(layers.num_layers * layers.state_elements * size)
+        value = round(layers.num_layers * layers.state_elements * size)
         text = f"{layers.num_layers} layers x {layers.state_elements:,} numbers x {size:g} B per sequence, however long"
         return Line(key, f"state of {layers.num_layers} {name} layers", value, "B", text)
-    value = int(layers.num_layers * layers.elements_per_token * size)
+    value = round(layers.num_layers * layers.elements_per_token * size)
     if layers.kind == "mla":
         text = f"{layers.num_layers} layers x (latent + rotary key = {layers.elements_per_token}) x {size:g} B"
     else:

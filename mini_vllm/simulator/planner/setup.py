@@ -7,11 +7,11 @@ model's, a pool that does not hold one request.
 from dataclasses import dataclass
 from functools import cached_property
 
-from mini_vllm.config import CacheConfig
+from mini_vllm.config import KV_CACHE_DTYPE_ALIASES, CacheConfig
 from mini_vllm.core.interfaces import KVCacheGroup, KVCacheSpec
 from mini_vllm.exceptions import ConfigError, KVCacheTooSmallError
 from mini_vllm.simulator.planner import lora
-from mini_vllm.simulator.planner.geometry import WEIGHT_DTYPE_BYTES, ModelGeometry, dtype_bytes
+from mini_vllm.simulator.planner.geometry import WEIGHT_DTYPE_BYTES, ModelGeometry
 from mini_vllm.simulator.planner.hardware import Hardware
 from mini_vllm.simulator.planner.memory import (
     Quantisation,
@@ -45,11 +45,12 @@ class Setup:
 
     @cached_property
     def kv_dtype(self) -> str:
-        return self.dtype if self.options.kv_cache_dtype == "auto" else self.options.kv_cache_dtype
+        asked = self.options.kv_cache_dtype
+        return self.dtype if asked == "auto" else KV_CACHE_DTYPE_ALIASES.get(asked, asked)
 
     @property
     def kv_dtype_bytes(self) -> float:
-        return dtype_bytes(self.kv_dtype)
+        return self.model.kv_dtype_bytes(self.kv_dtype)
 
     @cached_property
     def quant(self) -> Quantisation | None:
@@ -218,7 +219,7 @@ class Setup:
         """The KV groups this engine would make: layers of one window share a block table."""
         groups = []
         for layers in self.model.kv_layers:
-            page = int(layers.elements_per_token * dtype_bytes(self.kv_dtype)) * self.options.block_size
+            page = round(layers.elements_per_token * self.kv_dtype_bytes) * self.options.block_size
             spec = KVCacheSpec(self.options.block_size, page, self.kv_dtype, layers.kind, layers.window)
             groups.append(KVCacheGroup(tuple(f"{layers.kind}.{i}" for i in range(layers.num_layers)), spec))
         return tuple(groups)

@@ -23,6 +23,13 @@ struct AttentionBatch {
   int32_t causal;
 };
 
+struct AttentionTensors {
+  const void *query, *key, *value;
+  int64_t query_stride, key_stride, value_stride;  // from token to token
+  void *keys, *values;                             // the halves of the cache
+  void* output;
+};
+
 }  // namespace mv
 
 MV_API int mv_paged_attention(const mv::AttentionLayer* layer, const mv::AttentionBatch* batch, const void* query,

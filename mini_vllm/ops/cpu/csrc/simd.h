@@ -62,13 +62,31 @@ MV_INLINE Vector load_raw(const T* p) {
 MV_INLINE F32 load(const float* p) { return load_raw<F32>(p); }
 MV_INLINE void store(float* p, F32 v) { std::memcpy(p, &v, sizeof v); }
 
-MV_INLINE F32 load(const bf16* p) { return as<F32>(__builtin_convertvector(load_raw<U16>(p), U32) << 16); }
+// GCC splits these conversions into halves where one instruction would do.
+MV_INLINE U32 widen(U16 v) {
+#if defined(__AVX512F__)
+  return as<U32>(_mm512_cvtepu16_epi32(as<__m256i>(v)));
+#elif defined(__AVX2__)
+  return as<U32>(_mm256_cvtepu16_epi32(as<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+MV_INLINE U16 narrow(U32 v) {
+#if defined(__AVX512F__)
+  return as<U16>(_mm512_cvtepi32_epi16(as<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, U16);
+#endif
+}
+
+MV_INLINE F32 load(const bf16* p) { return as<F32>(widen(load_raw<U16>(p)) << 16); }
 MV_INLINE void store(bf16* p, F32 v) {
   U32 bits = as<U32>(v);
   U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   rounded = v != v ? U32{} + 0x7fc0 : rounded;
-  U16 narrow = __builtin_convertvector(rounded, U16);
-  std::memcpy(p, &narrow, sizeof narrow);
+  U16 halves = narrow(rounded);
+  std::memcpy(p, &halves, sizeof halves);
 }
 
 // One number at a time, for processors without conversions of f16.
