@@ -89,5 +89,7 @@ def parse_kv_cache_dtype(value: str) -> str:
     """One of `KV_CACHE_DTYPES`, by its name or a short one. Raises `ConfigError`."""
     name = KV_CACHE_DTYPE_ALIASES.get(value, value)
     if name not in KV_CACHE_DTYPES:
-        raise ConfigError(f"kv_cache_dtype: must be one of {', '.join((*KV_CACHE_DTYPES, *KV_CACHE_DTYPE_ALIASES))}, got {value!r}")
+        raise ConfigError(
+            f"kv_cache_dtype: must be one of {', '.join((*KV_CACHE_DTYPES, *KV_CACHE_DTYPE_ALIASES))}, got {value!r}"
+        )
     return name

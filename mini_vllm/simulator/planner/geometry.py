@@ -11,7 +11,12 @@ from mini_vllm.config import INT8_KV_CACHE_DTYPE, KV_CACHE_DTYPE_ALIASES
 from mini_vllm.exceptions import ConfigError
 
 KV_DTYPE_BYTES = {
-    **{"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0},
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "fp8": 1.0,
+    "fp8_e4m3": 1.0,
+    "fp8_e5m2": 1.0,
     INT8_KV_CACHE_DTYPE: 1.0,
 }
 """Of a number, without the float32 scale that int8 has for every `head_dim` of them."""
