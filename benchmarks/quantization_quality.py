@@ -1,4 +1,4 @@
-"""What quantising weights or the KV cache costs in quality: KL divergence and perplexity beside the same model unquantised.
+"""What quantising weights or the KV cache costs: KL divergence and perplexity beside the same model unquantised.
 
 Text: files of this repository's `docs/` (prose) and `benchmarks/` (code), which are no part of the bundled model's
 corpus, or `--text FILE`. For every position KL(p || q) of the next-token distributions, p from plain bfloat16 weights;

@@ -1,5 +1,5 @@
 """Caches that are not stored in the model's dtype: no way of serving changes a token, a block takes what was planned,
-and `LLM` forks, shares and preempts as ever. int8 values and their scale depend on one token and head alone, so tokens are
+and forks copy scales too. int8 values and their scale depend on one token and head alone, so tokens are
 exactly equal under float32 weights."""
 
 from pathlib import Path
