@@ -2,8 +2,8 @@
 
 A decode has to read the keys and values of every request, so its floor is their bytes over the rate at which a plain
 loop reads a buffer as large as all layers' caches; a prefill has to multiply, so its floor is its operations over the
-rate of multiply-adds from registers. `floor` in the table is the larger of the two times as a share of the measured one:
-100 % cannot be beaten. Layers take turns, each with a cache and a block table of its own, as they do in a model. torch is
+rate of multiply-adds from registers. `floor` in the table is the larger of the two as a share of the measured time:
+100 % cannot be beaten. Layers take turns, each with a cache of its own, as they do in a model. torch is
 `scaled_dot_product_attention` over keys and values that lie ready, dense, without pages; sides alternate.
 
     python benchmarks/cpu_attention.py [--shapes qwen2.5-0.5b ...] [--dtypes bfloat16 ...] [--json FILE]

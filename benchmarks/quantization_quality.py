@@ -1,4 +1,4 @@
-"""What quantising weights costs in quality: KL divergence and perplexity beside the same model unquantised.
+"""What quantising weights or the KV cache costs: KL divergence and perplexity beside the same model unquantised.
 
 Text: files of this repository's `docs/` (prose) and `benchmarks/` (code), which are no part of the bundled model's
 corpus, or `--text FILE`. For every position KL(p || q) of the next-token distributions, p from plain bfloat16 weights;
@@ -29,6 +29,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"quantization": "int4", "quantization_symmetric": False},
     {"quantization": "int4", "quantization_group_size": 64},
     {"quantization": "int4", "quantization_group_size": 128},
+    {"kv_cache_dtype": "int8_per_token_head"},
+    {"kv_cache_dtype": "float16"},
+    {"quantization": "int8", "kv_cache_dtype": "int8_per_token_head"},
 ]
 
 
@@ -69,6 +72,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--text", type=Path, default=None)
+    parser.add_argument("--only", default=None, help="variants that set this option, such as kv_cache_dtype")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     files = [args.text] if args.text else sorted(ROOT.glob("benchmarks/*.py")) + sorted(ROOT.glob("docs/*.md"))
@@ -78,7 +82,7 @@ def main() -> None:
     results = []
     print(f"{len(targets)} positions, {args.dtype}")
     print(f"{'options':62} {'KL mean':>9} {'KL 99%':>9} {'same best':>9} {'perplexity':>10}")
-    for options in ({}, *VARIANTS):
+    for options in ({}, *(v for v in VARIANTS if not args.only or args.only in v)):
         found = compare(plain, log_probs(chunks, args, **options) if options else plain, targets)
         results.append({"options": options, **found})
         name = " ".join(f"{key.removeprefix('quantization_')}={value}" for key, value in options.items()) or "plain"

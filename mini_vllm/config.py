@@ -66,8 +66,8 @@ class CacheConfig:
     `kv_cache_memory_bytes`, `gpu_memory_utilization` (share of the device's free memory; on a CPU, of
     what the machine or its cgroup still has free after the weights).
 
-    kv_cache_dtype: what keys and values are stored in; 'auto' is the model's dtype, 'int8_per_token_head' has a scale for
-        each token and KV head.
+    kv_cache_dtype: what keys and values are stored in; 'auto' is the model's dtype, 'int8_per_token_head' has a scale
+        for each token and KV head.
     """
 
     block_size: int = DEFAULT_BLOCK_SIZE

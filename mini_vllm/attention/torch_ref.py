@@ -2,7 +2,7 @@
 
 A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_size]; with keys and values seen as rows of
 `head_size`, one `index_select` brings those of many requests into the shape batched products want. Rows of a cache in
-another type than the queries become float32, and so do the queries (int8 rows: their values times their scale). Only rows that hold
+another type than the queries become float32, and so do the queries (int8 rows: values times scale). Only rows that hold
 written tokens are ever read: what pads a ragged batch points at the request's own last token and is masked. Row
 indices and masks are made once a step and shared by all layers of a group.
 """

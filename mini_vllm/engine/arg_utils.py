@@ -196,7 +196,7 @@ class EngineArgs:
     num_gpu_blocks_override: int | None = _arg(None, "cache", "Blocks of the KV cache; wins over both of the above.")
     kv_cache_dtype: str = _arg(
         "auto", "cache",
-        "What keys and values are stored in: auto (the model's dtype), a float type, or int8_per_token_head (also int8), "
+        "What keys and values are stored in: auto (the model's dtype), a float type, or int8_per_token_head (int8), "
         "which has a scale for each token and KV head.",
         (*KV_CACHE_DTYPES, "int8"),
     )  # fmt: skip

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mini_vllm.attention.kv_dtype import scales_and_rows
 from mini_vllm.attention.native import NativeBackend
+from mini_vllm.attention.torch_ref import TorchRefBackend
 from mini_vllm.core.interfaces import KVCacheSpec
 from mini_vllm.ops.cpu import library
 from tests.attention.test_torch_ref import Case, PagedCase, make_impl
@@ -90,6 +92,7 @@ class Sequence:
 
     def __init__(self, length: int, *, num_heads: int, num_kv_heads: int, window: int | None, dtype: torch.dtype):
         rng = torch.Generator().manual_seed(length)
+        self.cache_dtype, dtype = dtype, torch.float32 if dtype is torch.int8 else dtype
         self.query = torch.randn(length, num_heads, 64, generator=rng).to(dtype)
         self.key, self.value = (torch.randn(length, num_kv_heads, 64, generator=rng).to(dtype) for _ in range(2))
         self.impl = NativeBackend.impl_cls(num_heads, 64, 0.125, num_kv_heads, sliding_window=window)
@@ -98,9 +101,11 @@ class Sequence:
     def attend(self, chunks: list[int], *, neighbour: bool = False) -> torch.Tensor:
         """Outputs of every token, `chunks` at a time. The neighbour is a decode of 333 tokens before it."""
         length = len(self.query)
-        shape = NativeBackend.kv_cache_shape(self.num_blocks + 22, 16, self.key.shape[1], 64)
-        cache = torch.full(shape, float("nan"), dtype=self.key.dtype)
-        cache[:, self.num_blocks + 1 :] = 0.25
+        is_int8 = self.cache_dtype is torch.int8
+        name = "int8_per_token_head" if is_int8 else "auto"
+        shape = NativeBackend.kv_cache_shape(self.num_blocks + 22, 16, self.key.shape[1], 64, name)
+        cache = torch.full(shape, -1 if is_int8 else float("nan"), dtype=self.cache_dtype)
+        cache[:, self.num_blocks + 1 :] = 60 if is_int8 else 0.25
         table = torch.zeros(2, max(self.num_blocks, 21), dtype=torch.int32).numpy()
         table[1, : self.num_blocks] = range(self.num_blocks, 0, -1)
         table[0, :21] = range(self.num_blocks + 1, self.num_blocks + 22)
@@ -119,12 +124,13 @@ class Sequence:
         return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("heads", [(7, 1), (4, 4)])
+@pytest.mark.parametrize("heads", [(7, 1), (4, 4), (8, 1)])
 def test_chunks_neighbours_and_threads_change_no_bit(heads, window, dtype):
     sequence = Sequence(601, num_heads=heads[0], num_kv_heads=heads[1], window=window, dtype=dtype)
     whole = sequence.attend([601])
+    assert whole.isfinite().all()
     assert torch.equal(sequence.attend([300, 1, 63, 237]), whole)
     assert torch.equal(sequence.attend([599, 1, 1], neighbour=True), whole)
     library.set_num_threads(1)  # no reason to share a decode's keys out
@@ -154,3 +160,68 @@ def test_tokens_may_lie_at_any_stride_and_nothing_else_is_written():
 
 def test_other_types_are_refused():
     assert "float32" in (NativeBackend.supports(64, torch.float64) or "")
+
+
+# --- rows that are only there to fill a batch of fixed size, and poisoned int8 slots ---------------------------------
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8_per_token_head"])
+def test_padding_tokens_write_nothing_and_requests_of_no_length_get_zeros(cache_dtype):
+    """As a recorded step has them: slot -1, and a sequence length of 0."""
+    paged = PagedCase(Case(cache_dtype=cache_dtype), NativeBackend)
+    case, cache = paged.case, paged.cache()
+    common = common_metadata(case.query_lens, paged.seq_lens, paged.table, case.block_size)
+    starts = torch.cat([common.query_start_loc, common.query_start_loc[-1:] + torch.tensor([1, 2, 2])]).int()
+    padded = replace(
+        common, num_actual_tokens=common.num_actual_tokens + 2, num_reqs=common.num_reqs + 3, query_start_loc=starts,
+        seq_lens=torch.cat([common.seq_lens, torch.zeros(3, dtype=torch.int32)]),
+        slot_mapping=torch.cat([common.slot_mapping, torch.tensor([-1, -1])]),
+        block_table=torch.cat([common.block_table, common.block_table[:3] * 0 + 10**6]),
+    )  # fmt: skip
+    metadata = NativeBackend.builder_cls(KVCacheSpec(case.block_size, 0, "x"), torch.device("cpu")).build(padded)
+    query, key, value = (torch.cat([t, t[:2] * float("nan")])
+                         for t in (paged.query, paged.new(paged.keys), paged.new(paged.values)))  # fmt: skip
+    output = torch.full_like(query, 7.0)
+    plain = cache.clone()
+    make_impl(case, NativeBackend).forward(query, key, value, cache, metadata, output)
+    assert torch.equal(output[:-2], paged.paged())
+    assert output[-2:].eq(0).all()
+    common_only = NativeBackend.builder_cls(KVCacheSpec(case.block_size, 0, "x"), torch.device("cpu")).build(common)
+    make_impl(case, NativeBackend).forward(
+        paged.query, paged.new(paged.keys), paged.new(paged.values), plain, common_only, torch.empty_like(paged.query)
+    )
+    assert torch.equal(cache.view(torch.uint8), plain.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [4, 24, 48, 128])
+def test_what_is_written_as_int8_is_what_the_reference_writes(head_size, dtype):
+    case = Case(head_size=head_size, dtype=dtype, cache_dtype="int8_per_token_head", query_lens=(3, 5, 1, 9))
+    written = []
+    for backend in (NativeBackend, TorchRefBackend):
+        paged = PagedCase(case, backend)
+        paged.values[1][0] = 0  # its scale is 0
+        cache = paged.cache()
+        paged.cache = lambda cache=cache: cache
+        assert paged.paged().isfinite().all()
+        written.append(cache)
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_key_that_is_not_finite_is_not_hidden_by_int8(bad):
+    paged = PagedCase(Case(cache_dtype="int8_per_token_head"), NativeBackend)
+    paged.keys[1][-1, 0, 3] = bad
+    output = paged.paged()
+    assert output[5, :2].isnan().all()
+    assert output[[0, 6, 7]].isfinite().all()
+
+
+def test_control_a_wrong_scale_fails_the_comparison():
+    paged = PagedCase(Case(cache_dtype="int8_per_token_head"), NativeBackend)
+    assert paged.error() < 1e-5
+    cache = paged.cache()
+    scales, _ = scales_and_rows(cache)
+    scales[0, paged.table[2, 1]] *= 1.1
+    paged.cache = lambda: cache
+    assert paged.error() > 1e-3

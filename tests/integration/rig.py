@@ -94,6 +94,7 @@ class Rig:
     batch_invariant: bool = False
     quantization: QuantizationOptions | None = None
     async_scheduling: bool = False
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         self._hf_config = HFConfig.from_folder(self.folder)
@@ -134,7 +135,12 @@ class Rig:
         )  # fmt: skip
         config = EngineConfig(
             model=model,
-            cache=CacheConfig(block_size=block_size, enable_prefix_caching=caching, num_gpu_blocks_override=num_blocks),
+            cache=CacheConfig(
+                block_size=block_size,
+                enable_prefix_caching=caching,
+                num_gpu_blocks_override=num_blocks,
+                kv_cache_dtype=self.kv_cache_dtype,
+            ),
             scheduler=scheduling,
             device=DeviceConfig(
                 device="cpu",
@@ -157,16 +163,17 @@ def kv_tensors(executor: UniProcExecutor) -> list[torch.Tensor]:
 
 
 def poison_unwritten_slots(kv: KVCacheManager, tensors: Sequence[torch.Tensor], num_blocks: int) -> None:
-    """NaN in every slot now, and again in each block when it is handed out."""
+    """NaN in every slot now, and again in each block when it is handed out; of int8 slots the scale becomes NaN."""
+    poison = -1 if tensors[0].dtype is torch.int8 else float("nan")
     for tensor in tensors:
-        tensor.fill_(float("nan"))
+        tensor.fill_(poison)
     hand_out = kv.block_pool.get_new_blocks
 
     def poisoned(n: int) -> list[Any]:
         blocks = hand_out(n)
         ids = torch.tensor([block.block_id for block in blocks], dtype=torch.long)
         for tensor in tensors:
-            tensor.index_fill_(list(tensor.shape).index(num_blocks), ids, float("nan"))
+            tensor.index_fill_(list(tensor.shape).index(num_blocks), ids, poison)
         return blocks
 
     kv.block_pool.get_new_blocks = poisoned  # type: ignore[method-assign]

@@ -43,7 +43,7 @@ MV_INLINE void with_type(int code, const Fn& fn) {
 struct Workspace {
   float *queries, *transposed, *values;
   Running part, whole;
-  alignas(64) float weights[kRowBlock * kTile];
+  alignas(64) float weights[std::max(kRowBlock, kFewRows) * kTile];
   int32_t low[kMaxRows], limit[kMaxRows];  // positions that a row sees
 
   explicit Workspace(int dim) {

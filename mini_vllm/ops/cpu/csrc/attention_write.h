@@ -12,12 +12,15 @@ MV_INLINE void write_row(const Q* from, int64_t size, T* to, float*) {
   for (int64_t d = 0; d < size; d += kLanes) store_some(to + d, load_some(from + d, size - d), size - d);
 }
 
-MV_INLINE void store(i8* p, F32 integers) {
-  I32 wide = as<I32>(integers + 12582912.0f) - 0x4b400000;
+// Rounds to the nearest integers, ties to even. No multiply-add may swallow the product that led here: ties differ then.
+MV_INLINE void store(i8* p, F32 x) {
 #if defined(__AVX512F__)
-  __m128i bytes = _mm512_cvtepi32_epi8(as<__m512i>(wide));
+  __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(as<__m512>(x)));
+#elif defined(__AVX2__)
+  I8 bytes = __builtin_convertvector(as<I32>(_mm256_cvtps_epi32(as<__m256>(x))), I8);
 #else
-  I8 bytes = __builtin_convertvector(wide, I8);
+  I8 bytes;
+  for (int i = 0; i < kLanes; ++i) bytes[i] = int8_t(std::nearbyint(x[i]));
 #endif
   std::memcpy(p, &bytes, sizeof bytes);
 }
