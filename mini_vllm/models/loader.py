@@ -20,7 +20,6 @@ from mini_vllm.layers.linear import LoadedWeight
 from mini_vllm.layers.norm import NORMS
 from mini_vllm.logger import init_logger
 from mini_vllm.models.finishing import LayerFinisher, release_weights
-from mini_vllm.models.recycling import recycled_memory
 from mini_vllm.models.registry import ModelRegistry
 from mini_vllm.models.safetensors_reader import LazyTensor, WeightFiles
 from mini_vllm.ops.batch_invariance import batch_invariance
@@ -51,7 +50,7 @@ def load_model(
     if quant_config is not None:
         quant_config.check_complete()
     try:
-        with batch_invariance(invariant), recycled_memory(), LayerFinisher(model) as finisher:
+        with batch_invariance(invariant), LayerFinisher(model) as finisher:
             start = time.perf_counter()
             source = fill_weights(model, model_config, load_config)
             finisher.finish_rest()

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mini_vllm.config import CacheConfig
 from mini_vllm.core.interfaces import KVCacheConfig, KVCacheGroup
 from mini_vllm.exceptions import ConfigError, KVCacheTooSmallError
@@ -177,6 +175,7 @@ def allocate_kv_caches(
 ) -> dict[str, "torch.Tensor"]:
     """One tensor per layer, zeros. In host memory the system hands them out page by page as they are written: torch
     would write the zeros itself, which is seconds for a large pool that the first requests hardly use."""
+    import numpy as np
     import torch
 
     if device.type != "cpu":

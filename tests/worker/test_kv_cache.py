@@ -210,3 +210,24 @@ def test_every_layer_gets_a_tensor_of_its_own() -> None:
 def test_the_arithmetic_loads_no_torch() -> None:
     code = "import sys, mini_vllm.worker.kv_cache; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_pool_takes_memory_only_where_it_is_written() -> None:
+    program = """
+import torch
+from mini_vllm.worker.kv_cache import allocate_kv_caches
+
+def anonymous_mib():
+    return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+before = anonymous_mib()
+caches = allocate_kv_caches({"a": (2, 1 << 20, 64), "b": (2, 1 << 20, 64)}, torch.bfloat16, torch.device("cpu"))
+assert all(cache.shape == (2, 1 << 20, 64) and cache.dtype is torch.bfloat16 for cache in caches.values())
+assert anonymous_mib() - before < 32, "512 MiB of zeros were written"
+caches["a"][1, :1000] = 1.0
+assert caches["a"][1, 999, 63] == 1 and caches["a"][1, 1000:2000].count_nonzero() == 0
+touched = torch.zeros(2, 1 << 20, 64, dtype=torch.bfloat16).add_(1)  # the control: this much would have been seen
+assert anonymous_mib() - before > 200
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
