@@ -369,9 +369,12 @@ class EngineArgs:
             ),
             cache=CacheConfig(**self._fields_of(CacheConfig)),
             scheduler=SchedulerConfig(
-                **self._fields_of(SchedulerConfig) | {"policy": self.scheduling_policy,
+                **self._fields_of(SchedulerConfig)
+                | {
+                    "policy": self.scheduling_policy,
                     "max_model_len": max_model_len,
-                    "async_scheduling": bool(self.async_scheduling)}
+                    "async_scheduling": bool(self.async_scheduling),
+                }
             ),
             load=LoadConfig(
                 **self._fields_of(LoadConfig) | {"use_tqdm": self.use_tqdm_on_load} | self._resolved_load_format()

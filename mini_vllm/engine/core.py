@@ -144,7 +144,9 @@ class EngineCore:
     def _failed(self, plan: SchedulerOutput, error: Exception) -> ModelRunnerOutput:
         self.scheduler.repeat_departures(plan)
         self._require_working_executor(plan, error)
-        logger.error("step %d failed; its %d requests end with an error", plan.step_id, len(plan.epochs), exc_info=error)
+        logger.error(
+            "step %d failed; its %d requests end with an error", plan.step_id, len(plan.epochs), exc_info=error
+        )
         message = f"the step failed: {type(error).__name__}: {error}"
         return ModelRunnerOutput(errors=dict.fromkeys(plan.num_scheduled_tokens, message))
 
@@ -191,7 +193,7 @@ class EngineCore:
         return None
 
     def _finish_oldest(self) -> EngineCoreOutputs:
-        """Wait for the step that computes, and apply what came of it. An interrupt while waiting leaves it in flight."""
+        """Wait for the step that computes, and apply what came of it. An interrupt meanwhile leaves it in flight."""
         step = self._in_flight[0]
         error = step.result.exception()
         self._in_flight.popleft()
