@@ -160,7 +160,7 @@ def line_of(row: dict[str, Any]) -> str:
     off, on = row["sync_tokens_per_s"], row["async_tokens_per_s"]
     ratios = [b / a for a, b in zip(off, on, strict=True)]
     return (
-        f"{row['num_requests']:4} requests: {statistics.median(off):8.0f} off, {statistics.median(on):8.0f} on tokens/s;"
+        f"{row['num_requests']:4} requests: tokens/s {statistics.median(off):7.0f} off, {statistics.median(on):7.0f} on;"
         f" on/off {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     )
 
@@ -184,9 +184,11 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        with WAYS[options.way](arguments_of(options, Path(folder)), options.output_len) as measure:
-            rows = alternate(measure, options.requests, options.output_len, options.repeats)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        WAYS[options.way](arguments_of(options, Path(folder)), options.output_len) as measure,
+    ):
+        rows = alternate(measure, options.requests, options.output_len, options.repeats)
     result = {"benchmark": "async_scheduling", "options": vars(options), "prompt_len": PROMPT_LEN, "rows": rows}
     path = RESULTS / f"async_scheduling_{options.way}_{options.threads}t.json"
     path.write_text(json.dumps(result | {"environment": collect_environment()}, indent=1, default=str) + "\n")

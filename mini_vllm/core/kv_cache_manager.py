@@ -6,8 +6,8 @@ have room for n more tokens (`allocate_slots`; None means no, and nothing was to
 
 A full block becomes findable when the plan that writes it is made. Plans run in order and every layer
 writes before it reads, so a request admitted later in the same plan may already share it. Until the
-step is confirmed the block is provisional: a preemption or a failed step makes it unfindable again. Several plans may be
-unconfirmed at once; each has its own provisional blocks, and `confirm_step` says which plan it means.
+step is confirmed the block is provisional: a preemption or a failed step makes it unfindable again. Two plans may
+be unconfirmed at once; each has its own provisional blocks, and `confirm_step` says which plan it means.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ ComputedBlocks = tuple[list[KVCacheBlock], ...]
 class UnconfirmedPlan:
     """What one plan is to write, as long as nobody knows that it did.
 
-    provisional: by request, the blocks it made findable. deferred: by request, how many full blocks it has once written.
+    provisional: by request, the blocks it made findable. deferred: by request, how many full blocks it will have.
     """
 
     provisional: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
@@ -280,8 +280,8 @@ class KVCacheManager:
                 self._newest = self._unconfirmed[written] = UnconfirmedPlan()
 
     def forget_unwritten(self, request_id: str, step_id: int | None = None) -> None:
-        """This step (None: any that is not confirmed) will not write, or did not write, the request's blocks: nobody may
-        find them. Also for a request that was freed since the plan was made."""
+        """This step (None: any that is not confirmed) will not write, or did not write, the request's blocks: nobody
+        may find them. Also for a request that was freed since the plan was made."""
         plans = self._unconfirmed.values() if step_id is None else [self._unconfirmed.get(step_id, UnconfirmedPlan())]
         for plan in plans:
             plan.deferred.pop(request_id, None)

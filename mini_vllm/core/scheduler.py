@@ -5,8 +5,8 @@ these as budget, threshold and memory allow, running requests first, then waitin
 prefix hits and resumption after a preemption are this one rule. `num_computed_tokens` advances when
 the plan is made, so the next plan does not have to wait for this one's results.
 
-With `async_scheduling` it does not: a request whose next token is still being sampled has a placeholder for it and may be
-planned one token further. `may_plan_ahead` says when that is safe; whoever drives the scheduler asks first.
+With `async_scheduling` a request whose next token is still being sampled has a placeholder for it and may be planned
+one token further. `may_plan_ahead` says when that is safe; whoever drives the scheduler asks first.
 """
 
 import dataclasses

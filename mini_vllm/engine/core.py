@@ -193,7 +193,7 @@ class EngineCore:
         return None
 
     def _finish_oldest(self) -> EngineCoreOutputs:
-        """Wait for the step that computes, and apply what came of it. An interrupt while waiting leaves it in flight."""
+        """Wait for the step that computes, and apply what came of it. An interrupt meanwhile leaves it in flight."""
         step = self._in_flight[0]
         error = step.result.exception()
         self._in_flight.popleft()

@@ -8,6 +8,9 @@ import pytest
 from mini_vllm.core import scheduler
 from mini_vllm.core.block_pool import BlockPool, KVCacheBlock
 from mini_vllm.core.kv_cache_manager import KVCacheManager
+from mini_vllm.core.scheduler import Scheduler
+from mini_vllm.engine.core import EngineCore
+from mini_vllm.executor import plan_thread
 from mini_vllm.request import Request
 from tests.toy.random_runs import Outcome, RandomRun
 
@@ -24,11 +27,11 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def play(seeds: range) -> Outcome:
+def play(seeds: range, *, async_scheduling: bool = False) -> Outcome:
     total = Outcome()
     for seed in seeds:
         try:
-            total.add(RandomRun(seed).play())
+            total.add(RandomRun(seed, async_scheduling=async_scheduling).play())
         except Exception as error:
             raise AssertionError(f"random run {seed} failed: {error}") from error
     return total
@@ -37,6 +40,12 @@ def play(seeds: range) -> Outcome:
 def test_random_runs_leak_nothing_and_change_no_token() -> None:
     total = play(range(NUM_QUICK))
     # The runs would prove little if they never got into trouble.
+    assert total.preemptions > 150 and total.hits > 500 and total.aborts > 50
+    assert total.errors > 50 and total.refused > 10 and total.finished > 300
+
+
+def test_random_runs_with_overlapped_steps_leak_nothing_and_change_no_token() -> None:
+    total = play(range(NUM_QUICK), async_scheduling=True)
     assert total.preemptions > 150 and total.hits > 500 and total.aborts > 50
     assert total.errors > 50 and total.refused > 10 and total.finished > 300
 
@@ -118,3 +127,32 @@ def test_random_runs_find_a_broken_core(breakage: Breakage, monkeypatch: pytest.
     breakage(monkeypatch)
     with pytest.raises(AssertionError, match="random run"):
         play(range(NUM_QUICK))
+
+
+# -- the same for what overlapped steps rest on ------------------------------------------------------------------------
+
+
+def runs_upon_a_failure(patch: pytest.MonkeyPatch) -> None:
+    """A step planned upon one that failed is run all the same, and what came of it believed."""
+    patch.setattr(plan_thread, "_run_after", lambda before, executor, plan: plan_thread.run_plan(executor, plan))
+    patch.setattr(EngineCore, "_undo_in_flight", lambda self: None)
+
+
+def forgets_the_life(patch: pytest.MonkeyPatch) -> None:
+    """A step that was undone leaves its placeholders behind."""
+    original = Scheduler._to_waiting
+
+    def broken(self: Scheduler, request: Request) -> None:
+        pending = request.num_output_placeholders
+        original(self, request)
+        request.num_output_placeholders = pending
+
+    patch.setattr(Scheduler, "_to_waiting", broken)
+
+
+@pytest.mark.broken_pool
+@pytest.mark.parametrize("breakage", [runs_upon_a_failure, forgets_the_life])
+def test_random_runs_find_broken_overlapping(breakage: Breakage, monkeypatch: pytest.MonkeyPatch) -> None:
+    breakage(monkeypatch)
+    with pytest.raises(AssertionError, match="random run"):
+        play(range(NUM_QUICK), async_scheduling=True)
