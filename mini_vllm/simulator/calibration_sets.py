@@ -93,8 +93,8 @@ class SetMaker:
             yield RequestSet("batches", f"a batch of {high}", self._drain(low, high, 4))
 
     def _long_contexts(self) -> Iterator[RequestSet]:
-        for share, size in ((4, 16), (1, 8), (8, 64), (8, 256)):
-            high = min(size, self.max_batch)
+        shapes = [(4, 16), (1, 8), (8, 64), (8, 256)]
+        for share, high in dict.fromkeys((share, min(size, self.max_batch)) for share, size in shapes):
             context = self.max_len // share - 2 * LONGEST_DRAIN
             if context > LEAST_MODEL_LEN:
                 self._salt += high
@@ -103,10 +103,10 @@ class SetMaker:
 
     def _drain(self, low: int, high: int, prompt_len: int, shared: int = 0) -> list[Staged]:
         """`high` requests that begin together; they end one (or a few) a step until `low` are left."""
-        stride = -(-(high - low) // LONGEST_DRAIN)
+        stride = max(1, -(-(high - low) // LONGEST_DRAIN))
         requests = []
         for place in range(high):
-            steps = 2 + max(0, place - low + stride) // stride
+            steps = 2 + (high - max(place, low - 1)) // stride
             if prompt_len + steps < self.max_len:
                 requests.append(Staged(0, prompt_len, steps, shared, self._salt + place))
         return requests

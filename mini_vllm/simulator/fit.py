@@ -32,7 +32,7 @@ _REWEIGHTINGS = 8
 _HUBER = 2.0
 """Residuals beyond this many times the median one count less."""
 
-_SMOOTHING = 0.2
+_SMOOTHING = 0.1
 """What a bend of the size of a usual step weighs, where a relative error of 1 weighs 1."""
 
 

@@ -98,7 +98,7 @@ def test_a_fit_finds_what_made_the_steps_wherever_it_jumps() -> None:
     assert np.median(errors) < 0.02 and np.percentile(errors, 95) < 0.06
     for tokens in (8, 9, 16, 17):
         load = StepLoad.of([(5, 1)] * tokens)
-        assert fitted.step_seconds(load) == pytest.approx(truth.step_seconds(load), rel=0.05)
+        assert fitted.step_seconds(load) == pytest.approx(truth.step_seconds(load), rel=0.08)
     smooth = TwoConstantCost(5e-3, 1e-4)  # the control: a straight line would be far off just there
     assert smooth.step_seconds(StepLoad.of([(5, 1)] * 9)) != pytest.approx(
         truth.step_seconds(StepLoad.of([(5, 1)] * 9)), rel=0.2
