@@ -1,0 +1,73 @@
+"""llama.cpp through llama-cpp-python's low-level calls: prompts in batches of 512, then every unfinished sequence one
+token a call, as its own server does. Widths: bf16, f32, q8_0, q4_0 (GGUF files made by gguf_file.py)."""
+
+from pathlib import Path
+
+from worker_protocol import Generate, arguments, serve
+
+args = arguments(__doc__ or "")
+UBATCH = 512
+
+
+def start() -> tuple[Generate, str, dict[str, object]]:
+    import ctypes
+
+    import llama_cpp
+    import numpy as np
+    from gguf_file import write_gguf
+
+    file = Path(args.cache) / f"{Path(args.model).name}-{args.width}.gguf"
+    if not file.exists():
+        write_gguf(Path(args.model), file, args.width)
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = args.max_len * min(args.max_seqs, max(1, 32768 // args.max_len))
+    params.n_batch, params.n_ubatch, params.n_seq_max = 2048, UBATCH, args.max_seqs
+    params.n_threads = params.n_threads_batch = args.threads
+    if hasattr(params, "kv_unified"):
+        params.kv_unified = True
+    context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise RuntimeError("llama_init_from_model gave nothing")
+    vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    batch = llama_cpp.llama_batch_init(2048, 0, 1)
+    memory = llama_cpp.llama_get_memory(context)
+
+    def decode(rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
+        """rows of (token, position, sequence, whether its next token is wanted) -> next token by sequence."""
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequence
+        if status := llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode gave {status}")
+        found = {}
+        for i, (_, _, sequence, wanted) in enumerate(rows):
+            if wanted:
+                logits = llama_cpp.llama_get_logits_ith(context, i)
+                address = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * vocab)).contents
+                found[sequence] = int(np.frombuffer(address, dtype=np.float32).argmax())
+        return found
+
+    def generate(prompts: list[list[int]], tokens: list[int]) -> None:
+        llama_cpp.llama_memory_clear(memory, True)
+        last, length, left = {}, {}, {}
+        rows: list[tuple[int, int, int, bool]] = []
+        for sequence, prompt in enumerate(prompts):
+            rows += [(t, i, sequence, i + 1 == len(prompt)) for i, t in enumerate(prompt)]
+            length[sequence], left[sequence] = len(prompt), tokens[sequence]
+        for begin in range(0, len(rows), UBATCH):
+            last.update(decode(rows[begin : begin + UBATCH]))
+        left = {sequence: count - 1 for sequence, count in left.items() if count > 1}
+        while left:
+            found = decode([(last[s], length[s], s, True) for s in left])
+            for sequence, token in found.items():
+                last[sequence], length[sequence] = token, length[sequence] + 1
+            left = {sequence: count - 1 for sequence, count in left.items() if count > 1}
+
+    return generate, llama_cpp.__version__, {"file_bytes": file.stat().st_size}
+
+
+serve(start)
