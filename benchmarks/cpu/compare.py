@@ -1,221 +1,217 @@
 """mini_vllm beside other CPU engines: the same models, widths, prompts and threads, in alternating order.
 
-Every engine with every width is a process that stays. A round gives each of them the same task in turn, forwards in one
-round and backwards in the next, so that a machine whose speed drifts drifts for all; ratios are taken round by round.
-Memory bandwidth and arithmetic are probed in every round.
-
-    make bench-cpu                                                  ours and the peers that this environment has
-    python benchmarks/cpu/compare.py --peers llama_cpp=VENV/bin/python,openvino=VENV2/bin/python
+    make bench-cpu                                                  about ten minutes; ours and the peers found here
+    python benchmarks/cpu/compare.py --peers auto llama_cpp=VENV/bin/python openvino_genai=VENV/bin/python
+    python benchmarks/cpu/compare.py --model qwen2.5-0.5b --sweeps --minutes 30
     python benchmarks/cpu/compare.py --render benchmarks/results/cpu-....json
+
+Prints a table, and writes JSON and (with sweeps) plots. Ratios are taken round by round. Time is what --minutes gives:
+models and classes of widths share it, and a round that would take longer is not begun (one always runs).
 """
 
 import argparse
+import dataclasses
 import json
-import statistics
+import platform
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import report
-from shapes import SHAPES, default_cache, make_checkpoint
-from tasks import Task, long_prompt, main_tasks, sweep_tasks
-from workers import Entrant, Worker, WorkerError, find_peers
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.cpu import tasks as tasks_of  # noqa: E402 (found by the line above)
+from benchmarks.cpu.costs import ceilings_of, floor, probe, weight_bytes  # noqa: E402
+from benchmarks.cpu.plots import plot_all  # noqa: E402
+from benchmarks.cpu.report import CLASSES, class_of, text_of  # noqa: E402
+from benchmarks.cpu.rounds import Outcome, run_group, say  # noqa: E402
+from benchmarks.cpu.shapes import SHAPES, default_cache, make_checkpoint, model_shape  # noqa: E402
+from benchmarks.cpu.tasks import Task  # noqa: E402
+from benchmarks.cpu.workers import OURS, Entrant, Setting, find_peers  # noqa: E402
+from mini_vllm.bench.cost import ModelShape  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PEER_WIDTHS = {
     "transformers": ("bf16", "f32"),
-    "llama_cpp": ("bf16", "q8_0", "q4_0"),
-    "openvino": ("f32", "int8", "int4"),
+    "llama_cpp": ("bf16", "f32", "q8_0", "q4_0"),
+    "openvino_genai": ("bf16", "f32", "int8", "int4"),
     "vllm": ("bf16", "f32"),
 }
-OUR_WIDTHS = ("bf16", "int8", "int8-weights", "int4", "int4-head")
-PAUSE_SECONDS = 0.2
-"""Between slices: threads of the engine before may still spin."""
+OUR_WIDTHS = ("bf16", "f32", "int8", "int8-weights", "int4", "int4-head")
+BYTES_DECODED = 15e9
+"""A slice of decoding reads about so many bytes of weights, unless --decode-tokens says otherwise."""
+MAX_DECODE_TOKENS = 256
+LARGE = 100e6
+"""Parameters above which lists of requests are shortened, unless --shrink says otherwise."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--widths", nargs="+", default=list(OUR_WIDTHS), help="of ours (also f32, and bf16-eager)")
-    parser.add_argument("--peers", default="auto", help="auto, none, or NAME=PYTHON,... (default: auto)")
-    parser.add_argument("--peer-widths", nargs="+", default=None, metavar="NAME:WIDTH", help="only these")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--decode-tokens", type=int, default=16, help="tokens that decoding is timed over")
-    parser.add_argument("--scale", type=float, default=1.0, help="shortens the lists of requests")
-    parser.add_argument("--only", nargs="+", default=None, help="tasks whose names begin so")
-    parser.add_argument("--sweeps", action="store_true", help="batch 1 to 64 and context 128 to 8k as well")
-    parser.add_argument("--long", type=int, default=0, metavar="TOKENS", help="a prompt as long as this as well")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="where models are kept")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; default: under benchmarks/results/")
+    parser.add_argument("--model", choices=SHAPES, nargs="+", default=["tiny-15m", "qwen2.5-0.5b"])
+    parser.add_argument("--classes", choices=CLASSES, nargs="+", default=list(CLASSES), help="of widths")
+    parser.add_argument("--widths", nargs="+", default=list(OUR_WIDTHS), help="of ours (bf16-eager: no captured step)")
+    parser.add_argument("--peers", nargs="+", default=["auto"], metavar="auto|none|NAME=PYTHON")
+    parser.add_argument("--peer-widths", nargs="+", metavar="NAME:WIDTH", help="only these")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all of it")
+    parser.add_argument("--rounds", type=int, default=5, help="at most")
+    parser.add_argument("--threads", type=int, help="of every engine; default: what mini_vllm would choose")
+    parser.add_argument("--decode-tokens", type=int, help="tokens that decoding is timed over; default: by size")
+    parser.add_argument("--shrink", type=int, help="divides the lengths of request lists; default: 1, or 8 for large")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="tasks whose names begin so")
+    parser.add_argument("--sweeps", action="store_true", help="batch 1 to 64 and context 128 to 8k")
+    parser.add_argument("--max-context", type=int, default=tasks_of.CONTEXTS[-1], help="longest of the sweep")
+    parser.add_argument("--long", type=int, nargs="*", metavar="TOKENS", help="long prompts; default: 8064 if small")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="where models are made and kept")
+    parser.add_argument("--output", type=Path, help="JSON file; default: under benchmarks/results/")
     parser.add_argument("--no-save", action="store_true")
-    parser.add_argument("--render", type=Path, default=None, metavar="JSON", help="table and plots of an earlier run")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="only make table and plots of an earlier run")
     return parser.parse_args(argv)
 
 
-def choose_tasks(args: argparse.Namespace) -> list[Task]:
-    tasks = main_tasks(args.decode_tokens, args.scale)
+def choose_tasks(args: argparse.Namespace, shape: ModelShape) -> list[Task]:
+    """The rows of one model's table, of lengths that suit its size."""
+    large = shape.num_parameters > LARGE
+    by_size = round(BYTES_DECODED / shape.weight_bytes_per_decode_step)
+    more = args.decode_tokens or max(4, min(MAX_DECODE_TOKENS, by_size))
+    shrink = args.shrink or (8 if large else 1)
+    long = args.long if args.long is not None else ([] if large else [8064])
+    chosen = [tasks_of.decoding("decode, 1 stream", 1, 128, more), tasks_of.prefill(512)]
+    chosen += [tasks_of.request_list(shrink), tasks_of.mixed_steps(shrink), *map(tasks_of.prefill, long)]
     if args.sweeps:
-        tasks += sweep_tasks(args.decode_tokens, (1, 2, 4, 8, 16, 32, 64), (128, 512, 2048, 8000))
-    if args.long:
-        tasks.append(long_prompt(args.long))
-    if args.only:
-        tasks = [task for task in tasks if task.name.startswith(tuple(args.only))]
-    return tasks
+        contexts = [tokens for tokens in tasks_of.CONTEXTS if tokens <= args.max_context]
+        chosen += tasks_of.sweeps(more, tasks_of.BATCHES, contexts)
+    return [task for task in chosen if not args.only or task.name.startswith(tuple(args.only))]
 
 
-def choose_entrants(args: argparse.Namespace) -> list[Entrant]:
-    pythons, absent = find_peers(args.peers)
-    for engine in absent:
-        print(f"absent: {engine} (install it and name its python: --peers {engine}=PYTHON)")
-    entrants = [Entrant("mini_vllm", width) for width in args.widths]
+def choose_entrants(args: argparse.Namespace, pythons: dict[str, str]) -> list[list[Entrant]]:
+    """Those that take turns, for each class of widths."""
+    entrants = [Entrant(OURS, width) for width in args.widths]
     for engine, python in pythons.items():
-        entrants += [Entrant(engine, width, python) for width in PEER_WIDTHS[engine]]
-    if args.peer_widths is not None:
-        entrants = [e for e in entrants if e.engine == "mini_vllm" or f"{e.engine}:{e.width}" in args.peer_widths]
-    return entrants
+        widths = PEER_WIDTHS[engine]
+        entrants += [
+            Entrant(engine, width, python)
+            for width in widths
+            if args.peer_widths is None or f"{engine}:{width}" in args.peer_widths
+        ]
+    groups = [[e for e in entrants if class_of(e.width) == name] for name in args.classes]
+    return [group for group in groups if group]
 
 
-def start_all(
-    entrants: list[Entrant], model: Path, args: argparse.Namespace, limits: tuple[int, int]
-) -> tuple[list[Worker], dict[str, str]]:
-    """(those that started, why the others did not)."""
-    workers, failures = [], {}
-    for entrant in entrants:
-        begin = time.perf_counter()
-        try:
-            log = args.cache / "workers.log"
-            workers.append(Worker.start(entrant, model, args.cache, args.threads, limits, log))
-            print(f"started {entrant.name} {workers[-1].version} in {time.perf_counter() - begin:.0f} s", flush=True)
-        except WorkerError as error:
-            failures[entrant.name] = str(error)
-            print(f"failed: {error}", flush=True)
-    return workers, failures
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for widths that nobody has and for names of peers that are none."""
+    known = {width for widths in CLASSES.values() for width in widths} - {"q8_0", "q4_0"}
+    if unknown := sorted(set(args.widths) - known):
+        raise ValueError(f"--widths: {', '.join(unknown)} is unknown; there are {', '.join(sorted(known))}")
+    there = {f"{engine}:{width}" for engine, widths in PEER_WIDTHS.items() for width in widths}
+    if unknown := sorted(set(args.peer_widths or ()) - there):
+        raise ValueError(f"--peer-widths: {', '.join(unknown)} is unknown; there are {', '.join(sorted(there))}")
 
 
-def run_slice(worker: Worker, task: Task, seed: int) -> dict[str, Any]:
-    """One task by one engine: seconds of its calls, and the figure or the error."""
-    found: dict[str, Any] = {"task": task.name, "entrant": worker.entrant.name, "round": seed}
-    try:
-        found["seconds"] = [worker.complete(prompts, tokens) for prompts, tokens in task.calls(seed)]
-        found["figure"] = task.figure(found["seconds"])
-    except (WorkerError, ValueError) as error:
-        found["error"] = str(error)
-    time.sleep(PAUSE_SECONDS)
-    return found
+def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespace, seconds_of: Any) -> dict[str, Any]:
+    """Run one model's groups, and return its record. seconds_of: what the next group may take."""
+    shape = model_shape(name)
+    chosen = choose_tasks(args, shape)
+    if not chosen:
+        raise ValueError(f"--only: no task begins with {' or '.join(args.only)}")
+    setting = Setting(
+        model=make_checkpoint(name, args.cache), cache=args.cache, threads=args.threads,
+        max_len=max(task.longest for task in chosen) + 16, max_seqs=max(len(task.requests) for task in chosen),
+    )  # fmt: skip
+    outcome = Outcome()
+    for group in groups:
+        say(f"{name}: {', '.join(entrant.name for entrant in group)}")
+        working_set = weight_bytes(shape, group[0].width)
+        run_group(
+            group, chosen, setting, partial(probe, args.threads, working_set), outcome,
+            rounds=args.rounds, seconds=seconds_of(),
+        )  # fmt: skip
+    return record_of(shape, chosen, outcome)
 
 
-def run_rounds(workers: list[Worker], tasks: list[Task], args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """(slices, probes). Each worker warms up with the first call of every task."""
-    slices, probes = [], []
-    for worker in workers:
-        for task in tasks[:3]:
-            run_slice(worker, task, -1)
-    for number in range(args.rounds):
-        probes.append(probe(args.threads))
-        for task in tasks:
-            for worker in workers if number % 2 == 0 else reversed(workers):
-                slices.append(run_slice(worker, task, number))
-        print(f"round {number + 1} of {args.rounds}: {probes[-1]}", flush=True)
-    return slices, probes
-
-
-def probe(threads: int) -> dict[str, float]:
-    """GB/s read from memory and float32 GFLOP/s of a product, now."""
-    import torch
-
-    from mini_vllm.bench.ceilings import gemm_rate, read_rate
-
-    torch.set_num_threads(threads)
-    read = read_rate.__wrapped__(512 << 20, threads).gb_s
-    return {"read_gb_s": round(read, 2), "gflop_s": round(gemm_rate.__wrapped__("float32", threads).gflop_s, 1)}
-
-
-def floors(args: argparse.Namespace, tasks: list[Task], entrants: list[str], probes: list[Any]) -> dict[str, Any]:
-    """What the machine would give: bandwidth over bytes for one stream, arithmetic over operations for a prompt."""
-    shape, found = SHAPES[args.model], {}
-    read, flops = (statistics.median(p[key] for p in probes) * 1e9 for key in ("read_gb_s", "gflop_s"))
-    for task in tasks:
-        for entrant in entrants:
-            num_bytes = shape.decode_bytes(entrant.split(" ", 1)[1])
-            if task.more and task.batch == 1 and num_bytes and task.context <= 128:
-                found[f"{task.name}|{entrant}"] = {"tokens_per_second": read / num_bytes, "what": "the bandwidth"}
-            if not task.more and task.batch == 1:
-                most = task.context * flops / shape.prefill_flops(task.context)
-                found[f"{task.name}|{entrant}"] = {"tokens_per_second": most, "what": "torch's float32 product"}
-    return found
+def record_of(shape: ModelShape, chosen: Sequence[Task], outcome: Outcome) -> dict[str, Any]:
+    """Slices, floors and what they were computed from, as plain data."""
+    ceilings = ceilings_of(outcome.probes)
+    floors = {
+        f"{task.name}|{entrant}": floor(shape, task, entrant.split(" ", 1)[1], ceilings) | {"counted": task.counted}
+        for task in chosen
+        for entrant in outcome.entrants
+    }
+    listed = [dataclasses.asdict(task) | {"requests": [list(pair) for pair in task.requests]} for task in chosen]
+    return {"tasks": listed, "ceilings": ceilings, "floors": floors, **dataclasses.asdict(outcome)}
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Run everything and return the record."""
+    """Everything, as plain data."""
     from mini_vllm.bench.environment import collect_environment
 
-    tasks, entrants = choose_tasks(args), choose_entrants(args)
+    pythons, absent = find_peers(args.peers)
+    for engine, why in absent.items():
+        say(f"absent: {engine}: {why}")
+    groups = choose_entrants(args, pythons)
     args.cache.mkdir(parents=True, exist_ok=True)
-    model = make_checkpoint(args.model, args.cache)
-    limits = max(task.longest for task in tasks) + 16, max(task.most_sequences for task in tasks)
-    begin = time.perf_counter()
-    workers, failures = start_all(entrants, model, args, limits)
-    try:
-        slices, probes = run_rounds(workers, tasks, args)
-    finally:
-        for worker in workers:
-            worker.stop()
-    names = [worker.entrant.name for worker in workers]
-    ours = [name for name in names if name.startswith("mini_vllm ")]
+    begin, left = time.monotonic(), len(args.model) * len(groups)
+
+    def seconds_of() -> float:
+        """An even share of the time that is left."""
+        nonlocal left
+        share = (args.minutes * 60 - (time.monotonic() - begin)) / left
+        left -= 1
+        return share
+
+    environment = collect_environment()
+    environment["system"].pop("executable", None)  # a path of this machine
     return {
+        "benchmark": "cpu",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": args.model,
         "threads": args.threads,
-        "rounds": args.rounds,
-        "seconds": round(time.perf_counter() - begin, 1),
-        "entrants": {w.entrant.name: {"version": w.version, **w.details} for w in workers},
-        "failures": failures,
-        "tasks": [task.name for task in tasks],
-        "probes": probes,
-        "floors": floors(args, tasks, ours, probes),
-        "slices": slices,
-        "arguments": {key: str(value) for key, value in vars(args).items() if key not in ("cache", "output", "peers")},
-        "environment": collect_environment(),
+        "models": {name: compare_model(name, groups, args, seconds_of) for name in args.model},
+        "absent": {engine: why.split(" has no ")[-1] for engine, why in absent.items()},
+        "seconds": round(time.monotonic() - begin, 1),
+        "arguments": {
+            key: value for key, value in vars(args).items() if key not in ("cache", "output", "peers", "render")
+        },
+        "environment": environment,
     }
 
 
-def show(record: dict[str, Any], file: Path | None) -> None:
+def default_output() -> Path:
+    from mini_vllm.bench.noise import usable_cpus
+
+    return RESULTS / f"cpu-{datetime.now(UTC):%Y%m%d-%H%M}-{platform.machine()}-{len(usable_cpus())}cpu.json"
+
+
+def show(report: dict[str, Any], file: Path | None) -> None:
     """The tables on the terminal, and the plots beside `file`."""
-    main = [t for t in record["tasks"] if not t.startswith(("batch ", "context "))]
-    read = [p["read_gb_s"] for p in record["probes"]]
-    print(f"\n{record['model']}, {record['threads']} threads, {record['rounds']} rounds, {record['date']}")
-    print(f"memory read at {report.spread(read)} GB/s\n")
-    print("\n".join(report.table(record, main)), "\n")
-    print("\n".join(report.peers_table(record, record["tasks"])))
-    for entrant, why in record["failures"].items():
-        print(f"failed: {entrant}: {why}")
-    errors = {(s["entrant"], s["task"]): s["error"] for s in record["slices"] if "error" in s}
-    for (entrant, task), why in errors.items():
-        print(f"failed: {entrant}, {task}: {why}")
-    if file is not None:
-        for path in report.plot(record, file):
-            print(f"plot: {path}")
+    print(f"\n{text_of(report)}")
+    for path in plot_all(report, file) if file is not None else ():
+        print(f"wrote {path}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.render:
         show(json.loads(args.render.read_text(encoding="utf-8")), args.render)
         return 0
-    record = compare(args)
-    file = None
-    if not args.no_save:
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M")
-        file = args.output or RESULTS / f"cpu-{args.model}-{stamp}.json"
-        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        print(f"record: {file}")
-    show(record, file)
+    if args.threads is None:
+        from mini_vllm.platforms import current_platform
+
+        args.threads = current_platform.num_threads()
+    try:
+        check(args)
+        report = compare(args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    file = None if args.no_save else args.output or default_output()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {file}")
+    show(report, file)
     return 0
 
 

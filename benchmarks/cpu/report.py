@@ -1,133 +1,171 @@
-"""From the record of a comparison to its table and its plots. Everything here can be made again from the JSON."""
+"""From the record of a comparison to its tables. Everything here can be made again from the JSON."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 OURS = "mini_vllm"
 CLASSES = {
-    "16 or 32 bit": ("bf16", "f32", "f16", "bf16-eager"),
-    "8 bit": ("int8", "int8-weights", "q8_0", "int8-eager"),
-    "4 bit, 8-bit head": ("int4", "q4_0"),
-    "4 bit, 4-bit head": ("int4-head",),
+    "16 bits": ("bf16", "bf16-eager"),
+    "32 bits": ("f32", "f32-eager"),
+    "8 bits": ("int8", "int8-weights", "q8_0", "int8-eager", "int8-weights-eager"),
+    "4 bits": ("int4", "int4-head", "q4_0", "int4-eager", "int4-head-eager"),
 }
-"""Widths that are compared with each other. OpenVINO's int4 keeps its embedding and head in 8 bits."""
+"""Widths that are compared with each other. The head has 8 bits in int4 and q4_0, 4 in int4-head."""
 
 Record = Mapping[str, Any]
+"""What was measured of one model."""
+
+
+def width_of(entrant: str) -> str:
+    return entrant.split(" ", 1)[1]
+
+
+def class_of(width: str) -> str:
+    return next(name for name, widths in CLASSES.items() if width in widths)
+
+
+def is_ours(entrant: str) -> bool:
+    return entrant.startswith(f"{OURS} ")
+
+
+def by_round(record: Record, task: str, entrant: str) -> dict[int, float]:
+    """Tokens a second of every round that has a figure."""
+    chosen = (s for s in record["slices"] if s["task"] == task and s["entrant"] == entrant and "figure" in s)
+    return {s["round"]: s["figure"] for s in chosen}
 
 
 def figures(record: Record, task: str, entrant: str) -> list[float]:
-    """Tokens a second of every round that has one, in order."""
-    return [s["figure"] for s in record["slices"] if (s["task"], s["entrant"]) == (task, entrant) and s.get("figure")]
+    return list(by_round(record, task, entrant).values())
 
 
 def ratios(record: Record, task: str, ours: str, peer: str) -> list[float]:
     """Ours over the peer's, round by round: both saw the machine in the same state."""
-
-    def by_round(entrant: str) -> dict[int, float]:
-        chosen = (s for s in record["slices"] if (s["task"], s["entrant"]) == (task, entrant) and s.get("figure"))
-        return {s["round"]: s["figure"] for s in chosen}
-
-    mine, theirs = by_round(ours), by_round(peer)
-    return [mine[r] / theirs[r] for r in sorted(mine.keys() & theirs.keys())]
-
-
-def class_of(entrant: str) -> str | None:
-    width = entrant.split(" ", 1)[1]
-    return next((name for name, widths in CLASSES.items() if width in widths), None)
-
-
-def spread(values: Sequence[float]) -> str:
-    """'12.3 (11.9 to 12.8)', or a dash."""
-    if not values:
-        return "-"
-    return f"{_short(statistics.median(values))} ({_short(min(values))} to {_short(max(values))})"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    mine, theirs = by_round(record, task, ours), by_round(record, task, peer)
+    return [mine[number] / theirs[number] for number in sorted(mine.keys() & theirs.keys())]
 
 
 def best_peer(record: Record, task: str, ours: str) -> str | None:
-    """The fastest other engine with weights of the same class (for 4-bit heads: of any 4 bits)."""
-    wanted = class_of(ours)
-    classes = {wanted} if wanted != "4 bit, 4-bit head" else {"4 bit, 8-bit head", wanted}
-    rivals = [e for e in record["entrants"] if not e.startswith(f"{OURS} ") and class_of(e) in classes]
+    """The fastest other engine with weights of the same class."""
+    wanted = class_of(width_of(ours))
+    rivals = [e for e in record["entrants"] if not is_ours(e) and class_of(width_of(e)) == wanted]
     measured = {e: statistics.median(found) for e in rivals if (found := figures(record, task, e))}
     return max(measured, key=lambda e: measured[e], default=None)
 
 
-def table(record: Record, tasks: Iterable[str]) -> list[str]:
-    """Markdown: a row for each task and width of ours, beside the best peer of that class."""
+# --- text -----------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> str:
+    """'12.3 (11.9 to 12.8)': median and extremes; or a dash."""
+    if not values:
+        return "-"
+    middle = short(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({short(min(values))} to {short(max(values))})"
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def reached(record: Record, task: str, entrant: str) -> str:
+    """'81 % of bandwidth, 9.1 GB/s' or '60 % of arithmetic, 75 GFLOP/s'."""
+    floor, found = record["floors"].get(f"{task}|{entrant}"), figures(record, task, entrant)
+    if floor is None or not found:
+        return "-"
+    share = statistics.median(found) / floor["tokens_per_second"]
+    what, unit = ("bytes", "GB/s") if floor["bound_by"] == "bandwidth" else ("flops", "GFLOP/s")
+    rate = short(share * floor["tokens_per_second"] / floor["counted"] * floor[what] / 1e9)
+    return f"{share:.0%} of {floor['bound_by']}, {rate} {unit}"
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned Markdown."""
+    table = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
-        "| task, tokens/s | mini_vllm | | best peer | which | ratio, paired | reached |",
-        "|---|---|---:|---:|---|---:|---|",
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
     ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+
+def main_table(record: Record, tasks: Sequence[str]) -> list[str]:
+    """A row for each task and width of ours, beside the best peer of that class."""
+    rows = []
     for task in tasks:
-        for ours in (e for e in record["entrants"] if e.startswith(f"{OURS} ")):
-            mine = figures(record, task, ours)
-            if not mine:
+        for ours in filter(is_ours, record["entrants"]):
+            if not figures(record, task, ours):
                 continue
             peer = best_peer(record, task, ours)
-            theirs = figures(record, task, peer) if peer else []
-            paired = ratios(record, task, ours, peer) if peer else []
-            lines.append(
-                f"| {task} | {ours.split(' ', 1)[1]} | {spread(mine)} | {spread(theirs)} | {peer or '-'} | "
-                f"{spread(paired)} | {reached(record, task, ours, mine)} |"
-            )
-    return lines
+            theirs = spread(figures(record, task, peer)) if peer else "-"
+            paired = spread(ratios(record, task, ours, peer)) if peer else "-"
+            mine = spread(figures(record, task, ours))
+            rows.append([task, width_of(ours), mine, theirs, peer or "-", paired, reached(record, task, ours)])
+    return text_table(["tokens/s", "width", "mini_vllm", "best peer", "which", "ratio", "of the floor"], rows)
 
 
-def reached(record: Record, task: str, ours: str, mine: Sequence[float]) -> str:
-    """Share of the machine: bandwidth for one stream of decoding, arithmetic for prefill."""
-    floor = record["floors"].get(f"{task}|{ours}")
-    if floor is None or not mine:
-        return ""
-    share = statistics.median(mine) / floor["tokens_per_second"]
-    return f"{share:.0%} of {floor['what']}"
-
-
-def peers_table(record: Record, tasks: Sequence[str]) -> list[str]:
-    """Markdown: every entrant, every task."""
-    lines = [f"| tokens/s | {' | '.join(tasks)} |", "|---|" + "---:|" * len(tasks)]
+def engines_table(record: Record, tasks: Sequence[str]) -> list[str]:
+    """Every entrant, every task, and the CPUs it kept busy."""
+    rows = []
     for entrant in record["entrants"]:
         cells = [spread(figures(record, task, entrant)) for task in tasks]
-        if any(cell != "-" for cell in cells):
-            lines.append(f"| {entrant} | {' | '.join(cells)} |")
-    return lines
+        cpus = [s["cpus"] for s in record["slices"] if s["entrant"] == entrant and "cpus" in s]
+        rows.append([entrant, *cells, short(statistics.median(cpus)) if cpus else "-"])
+    return text_table(["tokens/s", *tasks, "CPUs"], rows)
 
 
-def sweep_points(record: Record, kind: str, entrant: str) -> tuple[list[int], list[float]]:
-    """(batch or context, median tokens a second)."""
-    names = [t for t in record["tasks"] if t.startswith(f"{kind} ")]
-    points = [(int(t.split()[1]), found) for t in names if (found := figures(record, t, entrant))]
-    return [x for x, _ in points], [statistics.median(found) for _, found in points]
+def growth_table(models: Mapping[str, Record], task: str) -> list[str]:
+    """How a decoded token's time grows with the model: milliseconds, and GB/s of weights and cache."""
+    entrants = list(dict.fromkeys(e for record in models.values() for e in record["entrants"]))
+    rows = []
+    for entrant in entrants:
+        cells = []
+        for record in models.values():
+            found, floor = figures(record, task, entrant), record["floors"].get(f"{task}|{entrant}")
+            if not found or floor is None:
+                cells.append("-")
+                continue
+            rate = statistics.median(found)
+            cells.append(f"{1e3 / rate:.3g} ms, {short(floor['bytes'] / floor['counted'] * rate / 1e9)} GB/s")
+        rows.append([entrant, *cells])
+    return text_table([f"{task}: a token", *models], rows)
 
 
-def plot(record: Record, file: Path) -> list[Path]:
-    """Tokens a second against batch and against context, one line an entrant; PNG and SVG. Nothing without sweeps."""
-    if not any(t.startswith(("batch ", "context ")) for t in record["tasks"]):
-        return []
-    import matplotlib
+def text_of(report: Mapping[str, Any]) -> str:
+    """All of it, for a terminal."""
+    lines = [f"{report['date']}, {report['environment']['cpu'].get('model')}, {report['threads']} threads"]
+    lines.append("tokens a second: median (lowest to highest round); ratio: round by round, ours over the best peer")
+    models = report["models"]
+    for name, record in models.items():
+        lines += ["", *_model_lines(name, record)]
+    decoding = [task for task in _main_tasks(next(iter(models.values()))) if task.startswith("decode")]
+    if len(models) > 1 and decoding:
+        lines += ["", *growth_table(models, decoding[0])]
+    lines += [f"absent: {engine}: {why}" for engine, why in report["absent"].items()]
+    return "\n".join(lines)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
-    for ax, kind in zip(axes, ("batch", "context"), strict=True):
-        for number, entrant in enumerate(record["entrants"]):
-            x, y = sweep_points(record, kind, entrant)
-            if x:
-                style = "-o" if entrant.startswith(OURS) else "--s"
-                ax.plot(x, y, style, label=entrant, color=f"C{number}", markersize=4)
-        ax.set(xscale="log", yscale="log", xlabel={"batch": "streams", "context": "tokens of context"}[kind])
-        ax.set_ylabel("generated tokens a second, all streams")
-        ax.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"{record['model']}, {record['threads']} threads, {record['environment']['cpu'].get('model', '')}")
-    files = [file.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in files:
-        figure.savefig(path, dpi=140)
-    plt.close(figure)
-    return files
+def _main_tasks(record: Record) -> list[str]:
+    return [task["name"] for task in record["tasks"] if not task["sweep"]]
+
+
+def _model_lines(name: str, record: Record) -> list[str]:
+    memory = spread([probe["memory_gb_s"] for probe in record["probes"]])
+    peaks = ", ".join(
+        f"{kind} {short(record['ceilings'][f'{kind}_gflop_s'])}" for kind in ("float32", "bfloat16", "int8")
+    )
+    read = record["ceilings"]["read_gb_s"]
+    lines = [
+        f"{name}: {record['rounds']} rounds; memory {memory} GB/s, weights read at up to {short(read)} GB/s; "
+        f"products {peaks} GFLOP/s",
+        "",
+    ]
+    tasks = _main_tasks(record)
+    points = [task["name"] for task in record["tasks"] if task["sweep"]]
+    lines += [*main_table(record, tasks), "", *engines_table(record, tasks)]
+    if points:
+        lines += ["", *engines_table(record, points)]
+    return lines + [f"failed: {entrant}: {why}" for entrant, why in record["failures"].items()]

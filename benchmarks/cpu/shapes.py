@@ -1,83 +1,68 @@
 """The models that engines are compared on: real checkpoint folders with random weights, made once and kept.
 
-Shapes are those of published models. Numbers are random and small, so outputs mean nothing; the time they take does.
+Shapes are those of published models (the planner's preset where it has one). Numbers are random and small, so outputs
+mean nothing; the time they take does.
 """
 
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mini_vllm.bench.cost import ModelShape
+from mini_vllm.hf_config import HFConfig
+from mini_vllm.simulator.planner.presets import preset_config
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "mini_vllm" / "assets" / "stdlib-llama-3.7m"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_COMMON = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A dense decoder. family: llama or qwen2 (biases on queries, keys and values)."""
-
-    family: str
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    tied: bool
-
-    def config(self) -> dict[str, Any]:
-        architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.family]
-        return {
-            "architectures": [architecture], "model_type": self.family, "torch_dtype": "bfloat16",
-            "hidden_size": self.hidden, "intermediate_size": self.inner, "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab,
-            "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 32768,
-            "tie_word_embeddings": self.tied, "bos_token_id": 1, "eos_token_id": 2,
-        }  # fmt: skip
-
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Matrices of one layer by name, [output, input]."""
-        kv = self.hidden // self.heads * self.kv_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (kv, self.hidden),
-            "self_attn.v_proj": (kv, self.hidden), "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.inner, self.hidden), "mlp.up_proj": (self.inner, self.hidden),
-            "mlp.down_proj": (self.hidden, self.inner),
-        }  # fmt: skip
-
-    @property
-    def layer_weights(self) -> int:
-        """Of all layers: what every token is multiplied with."""
-        return self.layers * sum(rows * columns for rows, columns in self.matrices().values())
-
-    @property
-    def head_weights(self) -> int:
-        return self.vocab * self.hidden
-
-    def decode_bytes(self, width: str) -> float | None:
-        """Bytes of weights that mini_vllm reads for a step; None for a width it does not have."""
-        width = width.removesuffix("-eager")
-        body = {"bf16": 2, "f32": 4, "int8": 1, "int8-weights": 1, "int4": 4.5 / 8, "int4-head": 4.5 / 8}.get(width)
-        head = {"int4": 1.0}.get(width, body)
-        return None if body is None or head is None else self.layer_weights * body + self.head_weights * head
-
-    def prefill_flops(self, tokens: int) -> float:
-        """Multiplications and additions of a prompt's matrices and causal attention, logits of one row."""
-        attention = 2 * self.layers * self.hidden * tokens * tokens  # half of all pairs, scores and values
-        return 2.0 * self.layer_weights * tokens + 2.0 * self.head_weights + attention
+def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, *, tied: bool) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 32000, "tie_word_embeddings": tied,
+    }  # fmt: skip
 
 
-SHAPES = {
-    "tiny-15m": Shape("llama", 6, 288, 768, 6, 6, 32000, True),
-    "qwen2.5-0.5b": Shape("qwen2", 24, 896, 4864, 14, 2, 151936, True),
-    "llama-1.1b": Shape("llama", 22, 2048, 5632, 32, 4, 32000, False),
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny-15m": _llama(6, 288, 768, 6, 6, tied=True),
+    "qwen2.5-0.5b": preset_config("qwen2.5-0.5b"),
+    "llama-1.1b": _llama(22, 2048, 5632, 32, 4, tied=False),
 }
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """The whole config.json of a shape."""
+    shape = SHAPES[name]
+    return _COMMON | shape | {"architectures": [ARCHITECTURES[shape["model_type"]]]}
+
+
+def model_shape(name: str) -> ModelShape:
+    """What decides bytes and operations, counted as the package's own benchmarks count."""
+    return ModelShape.from_config(HFConfig.from_dict(config_of(name)), "bfloat16")
+
+
+def layer_matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Matrices of one layer by name, [output, input]."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    return {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+
+
 def default_cache() -> Path:
-    """Where made and converted models are kept."""
+    """Where made and converted models are kept: $MINI_VLLM_CACHE or ~/.cache/mini_vllm, under bench/."""
+    if named := os.environ.get("MINI_VLLM_CACHE"):
+        return Path(named) / "bench"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mini_vllm" / "bench"
 
@@ -87,19 +72,19 @@ def make_checkpoint(name: str, cache: Path) -> Path:
     folder = cache / name
     if folder.is_dir():
         return folder
-    scratch = cache / f".{name}.tmp"
+    scratch = cache / f".{name}.{os.getpid()}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    shape = SHAPES[name]
-    (scratch / "config.json").write_text(json.dumps(shape.config(), indent=1), encoding="utf-8")
+    config = config_of(name)
+    (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / file, scratch / file)
-    _write_weights(shape, scratch / "model.safetensors")
+    _write_weights(config, scratch / "model.safetensors")
     scratch.rename(folder)
     return folder
 
 
-def _write_weights(shape: Shape, file: Path) -> None:
+def _write_weights(config: dict[str, Any], file: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -108,16 +93,22 @@ def _write_weights(shape: Shape, file: Path) -> None:
     def random(*size: int) -> torch.Tensor:
         return (torch.randn(*size, generator=generator) * 0.02).to(torch.bfloat16)
 
-    tensors = {"model.embed_tokens.weight": random(shape.vocab, shape.hidden)}
-    tensors["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
-    if not shape.tied:
-        tensors["lm_head.weight"] = random(shape.vocab, shape.hidden)
-    for layer in range(shape.layers):
+    vocab, hidden = config["vocab_size"], config["hidden_size"]
+    tensors = {"model.embed_tokens.weight": random(vocab, hidden), "model.norm.weight": _ones(hidden)}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = random(vocab, hidden)
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        for name, (rows, columns) in shape.matrices().items():
+        for name, (rows, columns) in layer_matrices(config).items():
             tensors[f"{prefix}{name}.weight"] = random(rows, columns)
-            if shape.family == "qwen2" and name[-6:] in ("q_proj", "k_proj", "v_proj"):
+            if config["model_type"] == "qwen2" and name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 tensors[f"{prefix}{name}.bias"] = random(rows)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
+            tensors[f"{prefix}{norm}.weight"] = _ones(hidden)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _ones(size: int) -> Any:
+    import torch
+
+    return torch.ones(size, dtype=torch.bfloat16)

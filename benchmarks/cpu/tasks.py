@@ -12,6 +12,8 @@ Calls = list[tuple[list[list[int]], list[int]]]
 """(prompts, tokens to generate of each), one after the other."""
 
 FIRST_ID, LAST_ID = 10, 2000
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS = (128, 512, 2048, 8064)
 
 
 def prompt(rng: random.Random, length: int) -> list[int]:
@@ -20,70 +22,69 @@ def prompt(rng: random.Random, length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Task:
-    """name: as in tables. counted: tokens that the figure counts, over the seconds of the call, or over the difference
-    of two."""
+    """One row of the table.
+
+    counted: tokens of the figure, over the seconds of the call or over the difference of two calls.
+    requests: (prompt, output) lengths. more: where it is not 0, every request is run for one token, then for this many
+    more. sweep: 'batch' or 'context' for a point of a curve, at `at`.
+    """
 
     name: str
     counted: int
-    batch: int
-    context: int
+    requests: tuple[tuple[int, int], ...]
     more: int = 0
-    requests: tuple[tuple[int, int], ...] = ()
+    sweep: str = ""
+    at: int = 0
 
     def calls(self, seed: int) -> Calls:
         """The same for every engine, other prompts for another seed."""
         rng = random.Random(f"{self.name}-{seed}")
-        if self.requests:
-            return [([prompt(rng, p) for p, _ in self.requests], [n for _, n in self.requests])]
-        prompts = [prompt(rng, self.context) for _ in range(self.batch)]
-        first = (prompts, [1] * self.batch)
-        return [first, (prompts, [1 + self.more] * self.batch)] if self.more else [first]
+        prompts = [prompt(rng, length) for length, _ in self.requests]
+        first = [count for _, count in self.requests]
+        return [(prompts, first)] + ([(prompts, [n + self.more for n in first])] if self.more else [])
 
     def figure(self, seconds: Sequence[float]) -> float:
         """Tokens a second. Raises ValueError where the machine was so noisy that the longer call was not longer."""
         elapsed = seconds[1] - seconds[0] if self.more else seconds[0]
         if elapsed <= 0:
-            raise ValueError("the longer call took no longer")
+            raise ValueError("the longer call took no longer: too noisy, or too few tokens")
         return self.counted / elapsed
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max((p + n for p, n in self.requests), default=self.context + self.more + 1)
-
-    @property
-    def most_sequences(self) -> int:
-        return len(self.requests) or self.batch
+        return max(p + n for p, n in self.requests) + self.more
 
 
-def decoding(name: str, batch: int, context: int, more: int) -> Task:
-    return Task(name, batch * more, batch, context, more)
+def decoding(name: str, batch: int, context: int, more: int, sweep: str = "", at: int = 0) -> Task:
+    return Task(name, batch * more, ((context, 1),) * batch, more, sweep, at)
 
 
-def fixed_list(count: int, seed: int = 7) -> tuple[tuple[int, int], ...]:
-    """(prompt, output) lengths: 64 to 256, and 64 to 128."""
+def prefill(tokens: int) -> Task:
+    return Task(f"prefill {tokens}", tokens, ((tokens, 1),))
+
+
+def fixed_list(count: int = 32, shrink: int = 1, seed: int = 7) -> tuple[tuple[int, int], ...]:
+    """(prompt, output) lengths: 64 to 256, and 64 to 128, all divided by `shrink`."""
     rng = random.Random(seed)
-    return tuple((rng.randint(64, 256), rng.randint(64, 128)) for _ in range(count))
+    return tuple((rng.randint(64, 256) // shrink, rng.randint(64, 128) // shrink) for _ in range(count))
 
 
-def main_tasks(more: int, scale: float) -> list[Task]:
-    """The table. more: tokens that decoding is timed over. scale: shortens the request lists."""
-    listed = fixed_list(max(4, round(32 * scale)))
-    mixed = tuple((512, 16 + 4 * i) for i in range(max(3, round(8 * scale))))
-    return [
-        decoding("decode, 1 stream", 1, 128, more),
-        Task("prefill 512", 512, 1, 512),
-        Task(f"{len(listed)} requests", sum(n for _, n in listed), 0, 0, requests=listed),
-        Task("mixed steps", sum(p + n for p, n in mixed), 0, 0, requests=mixed),
-    ]
+def request_list(shrink: int) -> Task:
+    """32 requests at once; the figure counts generated tokens, prompts are part of the time."""
+    listed = fixed_list(shrink=shrink)
+    suffix = f", lengths / {shrink}" if shrink > 1 else ""
+    return Task(f"32 requests{suffix}", sum(n for _, n in listed), listed)
 
 
-def sweep_tasks(more: int, batches: Sequence[int], contexts: Sequence[int]) -> list[Task]:
-    """How cost grows with the batch and with the context."""
-    by_batch = [decoding(f"batch {b}", b, 64, more) for b in batches]
-    by_context = [decoding(f"context {c}", 1, c, more) for c in contexts]
-    return by_batch + by_context
+def mixed_steps(shrink: int) -> Task:
+    """Prompts that do not fit one step beside streams that decode already; prompt and generated tokens count."""
+    listed = tuple((512 // min(shrink, 2), max(16 + 8 * i, 8) // shrink) for i in range(8))
+    suffix = f", lengths / {shrink}" if shrink > 1 else ""
+    return Task(f"mixed steps{suffix}", sum(p + n for p, n in listed), listed)
 
 
-def long_prompt(tokens: int) -> Task:
-    return Task(f"prefill {tokens}", tokens, 1, tokens)
+def sweeps(more: int, batches: Sequence[int], contexts: Sequence[int]) -> list[Task]:
+    """How cost grows with the batch (64 tokens of context) and, for one stream, with the context."""
+    by_batch = [decoding(f"batch {b}", b, 64, max(8, more // b), "batch", b) for b in batches]
+    return by_batch + [decoding(f"context {c}", 1, c, more, "context", c) for c in contexts]

@@ -15,7 +15,9 @@ def start() -> tuple[Generate, str, dict[str, object]]:
 
     torch.set_num_threads(args.threads)
     dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[args.width]
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, attn_implementation="sdpa"
+    ).eval()
 
     @torch.inference_mode()
     def generate(prompts: list[list[int]], tokens: list[int]) -> None:

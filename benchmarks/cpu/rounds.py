@@ -1,0 +1,127 @@
+"""Slices of engines in alternating order, and the probes beside them.
+
+Every engine with every width is a process that stays. A round gives each of them the same task in turn, forwards in one
+round and backwards in the next, so that a machine whose speed drifts drifts for all. A worker that fails or dies is
+noted with its last word, and the others go on.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.cpu.tasks import Task
+from benchmarks.cpu.workers import Entrant, Setting, Worker, WorkerError
+from mini_vllm.bench.noise import CpuMeter
+
+PAUSE_SECONDS = 0.25
+"""Between slices: threads of the engine before may still spin."""
+WARM_UP = -1
+"""The round whose slices are thrown away."""
+
+Probe = Callable[[], dict[str, float]]
+
+
+@dataclass
+class Outcome:
+    """What was measured. slices: one for each task, entrant and round, with its figure or its error."""
+
+    entrants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    slices: list[dict[str, Any]] = field(default_factory=list)
+    probes: list[dict[str, float]] = field(default_factory=list)
+    rounds: int = 0
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def run_group(
+    entrants: Sequence[Entrant],
+    tasks: Sequence[Task],
+    setting: Setting,
+    probe: Probe,
+    outcome: Outcome,
+    *,
+    rounds: int,
+    seconds: float,
+) -> None:
+    """Start all entrants, run rounds, stop them. seconds: no further round begins that would end after so long."""
+    deadline = time.monotonic() + seconds
+    workers = start_all(entrants, setting, outcome)
+    try:
+        for worker in workers:
+            warm_up(worker, tasks, outcome)
+        for number in range(rounds):
+            begin = time.monotonic()
+            outcome.probes.append(probe())
+            run_round(workers, tasks, number, outcome)
+            took = time.monotonic() - begin
+            outcome.rounds = max(outcome.rounds, number + 1)
+            say(f"round {number + 1}: {took:.0f} s, {outcome.probes[-1]}")
+            if number + 1 < rounds and time.monotonic() + took > deadline:
+                say(f"{number + 1} of {rounds} rounds: more would take longer than was given (--minutes)")
+                break
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def start_all(entrants: Sequence[Entrant], setting: Setting, outcome: Outcome) -> list[Worker]:
+    """Those that started; why the others did not is in `outcome.failures`."""
+    workers = []
+    for entrant in entrants:
+        begin = time.monotonic()
+        try:
+            worker = Worker.start(entrant, setting)
+        except WorkerError as error:
+            outcome.failures[entrant.name] = str(error)
+            say(f"failed: {entrant.name}: {error}")
+            continue
+        workers.append(worker)
+        took = time.monotonic() - begin
+        outcome.entrants[entrant.name] = {"version": worker.version, "start_seconds": round(took, 1), **worker.details}
+        say(f"started {entrant.name} {worker.version} in {took:.0f} s")
+    return workers
+
+
+def warm_up(worker: Worker, tasks: Sequence[Task], outcome: Outcome) -> None:
+    """Every shape of call once, shortened: first calls compile and allocate."""
+    for task in tasks:
+        prompts, tokens = task.calls(WARM_UP)[0]
+        try:
+            worker.complete(prompts, [min(count, 3) for count in tokens])
+        except WorkerError as error:
+            outcome.failures[worker.entrant.name] = f"{task.name}: {error}"
+
+
+def run_round(workers: Sequence[Worker], tasks: Sequence[Task], number: int, outcome: Outcome) -> None:
+    for task in tasks:
+        for worker in in_turn(workers, number):
+            if not worker.alive:
+                continue
+            found = run_slice(worker, task, number)
+            if "error" in found:
+                outcome.failures[worker.entrant.name] = f"{task.name}: {found['error']}"
+            outcome.slices.append(found)
+
+
+def in_turn(workers: Sequence[Worker], number: int) -> list[Worker]:
+    """A B C in even rounds, C B A in odd ones."""
+    return list(workers) if number % 2 == 0 else list(reversed(workers))
+
+
+def run_slice(worker: Worker, task: Task, number: int) -> dict[str, Any]:
+    """One task by one engine: seconds of its calls, the figure or the error, and how many CPUs it and others used."""
+    found: dict[str, Any] = {"task": task.name, "entrant": worker.entrant.name, "round": number}
+    meter, before = CpuMeter().start(), worker.cpu_seconds()
+    try:
+        found["seconds"] = [worker.complete(prompts, tokens) for prompts, tokens in task.calls(number)]
+        found["figure"] = task.figure(found["seconds"])
+        found["cpus"] = round((worker.cpu_seconds() - before) / sum(found["seconds"]), 2)
+    except (WorkerError, ValueError) as error:
+        found["error"] = str(error)
+    found["others_share"] = meter.stop().others_share
+    time.sleep(PAUSE_SECONDS)
+    return found
