@@ -1,5 +1,7 @@
-"""OpenVINO GenAI's continuous batching. Widths: f32, bf16, int8 (symmetric, per channel), int4 (symmetric, groups of 32).
-The model is exported by optimum-intel on first use."""
+"""OpenVINO GenAI's continuous batching, with the model exported by optimum-intel on first use.
+
+Widths: f32, bf16 (where OpenVINO says that this CPU computes in it), int8 (symmetric, per channel), int4 (symmetric,
+groups of 32; the head in 8 bits)."""
 
 import os
 from pathlib import Path
@@ -37,6 +39,8 @@ def start() -> tuple[Generate, str, dict[str, object]]:
     import openvino as ov
     import openvino_genai as genai
 
+    if args.width == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise RuntimeError("OpenVINO computes in float32 on this CPU whatever it is asked for")
     folder = Path(args.cache) / f"{Path(args.model).name}-openvino-{args.width}"
     if not (folder / "openvino_detokenizer.xml").exists():
         export(folder)

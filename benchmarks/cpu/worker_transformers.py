@@ -1,5 +1,6 @@
-"""transformers' `generate` with scaled-dot-product attention. Widths: bf16, f32. Batches are static: left-padded, and run
-to the longest; tokens beyond what a request asked for are not counted."""
+"""transformers' `generate` with scaled-dot-product attention. Widths: bf16, f32.
+
+Batches are static: left-padded, and run to the longest; tokens beyond what a request asked for are not counted."""
 
 import os
 
