@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of every engine; default: what mini_vllm would choose")
     parser.add_argument("--decode-tokens", type=int, help="tokens that decoding is timed over; default: by size")
     parser.add_argument("--shrink", type=int, help="divides the lengths of request lists; default: 1, or 8 for large")
+    parser.add_argument("--step-tokens", type=int, default=512, help="tokens of all sequences in one step")
     parser.add_argument("--only", nargs="+", metavar="TASK", help="tasks whose names begin so")
     parser.add_argument("--sweeps", action="store_true", help="batch 1 to 64 and context 128 to 8k")
     parser.add_argument("--max-context", type=int, default=tasks_of.CONTEXTS[-1], help="longest of the sweep")
@@ -119,7 +120,7 @@ def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespa
         raise ValueError(f"--only: no task begins with {' or '.join(args.only)}")
     setting = Setting(
         model=make_checkpoint(name, args.cache), cache=args.cache, threads=args.threads,
-        max_len=max(task.longest for task in chosen) + 16, max_seqs=max(len(task.requests) for task in chosen),
+        max_len=max(task.longest for task in chosen) + 16, max_seqs=max(len(task.requests) for task in chosen), step_tokens=args.step_tokens,
     )  # fmt: skip
     outcome = Outcome()
     for group in groups:

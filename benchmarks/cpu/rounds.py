@@ -18,6 +18,7 @@ PAUSE_SECONDS = 0.25
 """Between slices: threads of the engine before may still spin."""
 WARM_UP = -1
 """The round whose slices are thrown away."""
+WARM_UP_PROMPT = 1024
 
 Probe = Callable[[], dict[str, float]]
 
@@ -87,11 +88,11 @@ def start_all(entrants: Sequence[Entrant], setting: Setting, outcome: Outcome) -
 
 
 def warm_up(worker: Worker, tasks: Sequence[Task], outcome: Outcome) -> None:
-    """Every shape of call once, shortened: first calls compile and allocate."""
+    """Every shape of call once, the start of its prompts, 3 tokens: first calls compile and allocate."""
     for task in tasks:
         prompts, tokens = task.calls(WARM_UP)[0]
         try:
-            worker.complete(prompts, [min(count, 3) for count in tokens])
+            worker.complete([p[:WARM_UP_PROMPT] for p in prompts], [min(count, 3) for count in tokens])
         except WorkerError as error:
             outcome.failures[worker.entrant.name] = f"{task.name}: {error}"
 

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level calls: prompts in batches of 512, then every unfinished sequence one
+"""llama.cpp through llama-cpp-python's low-level calls: prompts in batches of --step-tokens, then every unfinished sequence one
 token a call, as its own server does. Widths: bf16, f32, q8_0, q4_0 (GGUF files made by gguf_file.py)."""
 
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 from worker_protocol import Generate, arguments, serve
 
 args = arguments(__doc__ or "")
-UBATCH = 512
 
 
 def start() -> tuple[Generate, str, dict[str, object]]:
@@ -23,7 +22,8 @@ def start() -> tuple[Generate, str, dict[str, object]]:
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = args.max_len * min(args.max_seqs, max(1, 32768 // args.max_len))
-    params.n_batch, params.n_ubatch, params.n_seq_max = 2048, UBATCH, args.max_seqs
+    params.n_batch = params.n_ubatch = max(args.step_tokens, args.max_seqs)
+    params.n_seq_max = args.max_seqs
     params.n_threads = params.n_threads_batch = args.threads
     if hasattr(params, "kv_unified"):
         params.kv_unified = True
@@ -31,7 +31,7 @@ def start() -> tuple[Generate, str, dict[str, object]]:
     if not context:
         raise RuntimeError("llama_init_from_model gave nothing")
     vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    batch = llama_cpp.llama_batch_init(2048, 0, 1)
+    batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
     memory = llama_cpp.llama_get_memory(context)
 
     def decode(rows: list[tuple[int, int, int, bool]]) -> dict[int, int]:
@@ -58,8 +58,8 @@ def start() -> tuple[Generate, str, dict[str, object]]:
         for sequence, prompt in enumerate(prompts):
             rows += [(t, i, sequence, i + 1 == len(prompt)) for i, t in enumerate(prompt)]
             length[sequence], left[sequence] = len(prompt), tokens[sequence]
-        for begin in range(0, len(rows), UBATCH):
-            last.update(decode(rows[begin : begin + UBATCH]))
+        for begin in range(0, len(rows), args.step_tokens):
+            last.update(decode(rows[begin : begin + args.step_tokens]))
         left = {sequence: count - 1 for sequence, count in left.items() if count > 1}
         while left:
             found = decode([(last[s], length[s], s, True) for s in left])

@@ -28,7 +28,7 @@ def start() -> tuple[Generate, str, dict[str, object]]:
         dtype="float32" if width == "f32" else "bfloat16",
         max_model_len=args.max_len,
         max_num_seqs=args.max_seqs,
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=args.step_tokens,
         num_threads=args.threads,
         enable_prefix_caching=False,
         use_tqdm_on_load=False,

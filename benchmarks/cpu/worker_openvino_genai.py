@@ -45,7 +45,7 @@ def start() -> tuple[Generate, str, dict[str, object]]:
     if not (folder / "openvino_detokenizer.xml").exists():
         export(folder)
     scheduler = genai.SchedulerConfig()
-    scheduler.cache_size, scheduler.max_num_seqs, scheduler.max_num_batched_tokens = 2, args.max_seqs, 2048
+    scheduler.cache_size, scheduler.max_num_seqs, scheduler.max_num_batched_tokens = 2, args.max_seqs, args.step_tokens
     scheduler.enable_prefix_caching = False
     options: dict[str, object] = {"INFERENCE_NUM_THREADS": args.threads}
     if args.width in ("bf16", "f32"):

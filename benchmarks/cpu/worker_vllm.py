@@ -18,7 +18,7 @@ def start() -> tuple[Generate, str, dict[str, object]]:
 
     llm = LLM(
         args.model, dtype={"bf16": "bfloat16", "f32": "float32"}[args.width], max_model_len=args.max_len,
-        max_num_seqs=args.max_seqs, enable_prefix_caching=False, seed=0,
+        max_num_seqs=args.max_seqs, max_num_batched_tokens=args.step_tokens, enable_prefix_caching=False, seed=0,
     )  # fmt: skip
 
     def generate(prompts: list[list[int]], tokens: list[int]) -> None:

@@ -46,13 +46,15 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all entrants of a run have in common. max_len: tokens of the longest sequence; max_seqs: at once."""
+    """What all entrants of a run have in common. max_len: tokens of the longest sequence; max_seqs: at once;
+    step_tokens: tokens of all sequences in one step."""
 
     model: Path
     cache: Path
     threads: int
     max_len: int
     max_seqs: int
+    step_tokens: int = 512
 
 
 @dataclass
@@ -143,7 +145,8 @@ class Worker:
 
 def command_of(entrant: Entrant, setting: Setting) -> list[str]:
     options = {"model": setting.model, "width": entrant.width, "threads": setting.threads, "cache": setting.cache,
-               "max-len": setting.max_len, "max-seqs": setting.max_seqs}  # fmt: skip
+               "max-len": setting.max_len, "max-seqs": setting.max_seqs,
+               "step-tokens": setting.step_tokens}  # fmt: skip
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [entrant.python, str(entrant.worker_file), *flags]
 

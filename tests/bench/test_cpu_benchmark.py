@@ -145,8 +145,9 @@ def test_the_fixed_list_is_fixed_and_a_shrunk_one_says_so() -> None:
 
 
 def test_mixed_steps_have_more_prompt_than_one_step_holds() -> None:
-    task = mixed_steps(1)
-    assert sum(p for p, _ in task.requests) > 2048 and len({n for _, n in task.requests}) == 8
+    for shrink in (1, 8):
+        task = mixed_steps(shrink)
+        assert sum(p for p, _ in task.requests) > 512 and len({n for _, n in task.requests}) == 8
 
 
 def test_sweeps_count_the_tokens_of_all_streams() -> None:
