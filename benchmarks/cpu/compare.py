@@ -120,7 +120,8 @@ def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespa
         raise ValueError(f"--only: no task begins with {' or '.join(args.only)}")
     setting = Setting(
         model=make_checkpoint(name, args.cache), cache=args.cache, threads=args.threads,
-        max_len=max(task.longest for task in chosen) + 16, max_seqs=max(len(task.requests) for task in chosen), step_tokens=args.step_tokens,
+        max_len=max(task.longest for task in chosen) + 16, max_seqs=max(len(task.requests) for task in chosen),
+        step_tokens=args.step_tokens,
     )  # fmt: skip
     outcome = Outcome()
     for group in groups:

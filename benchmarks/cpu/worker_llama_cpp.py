@@ -1,5 +1,7 @@
-"""llama.cpp through llama-cpp-python's low-level calls: prompts in batches of --step-tokens, then every unfinished sequence one
-token a call, as its own server does. Widths: bf16, f32, q8_0, q4_0 (GGUF files made by gguf_file.py)."""
+"""llama.cpp through llama-cpp-python's low-level calls.
+
+Prompts go in batches of --step-tokens, then every unfinished sequence gets one token a call, as from its own server.
+Widths: bf16, f32, q8_0, q4_0 (GGUF files made by gguf_file.py)."""
 
 from pathlib import Path
 
