@@ -28,7 +28,7 @@ from benchmarks.cpu import tasks as tasks_of  # noqa: E402 (found by the line ab
 from benchmarks.cpu.costs import ceilings_of, floor, probe, weight_bytes  # noqa: E402
 from benchmarks.cpu.plots import plot_all  # noqa: E402
 from benchmarks.cpu.report import CLASSES, class_of, text_of  # noqa: E402
-from benchmarks.cpu.rounds import Outcome, run_group, say  # noqa: E402
+from benchmarks.cpu.rounds import Budget, Outcome, run_group, say  # noqa: E402
 from benchmarks.cpu.shapes import SHAPES, default_cache, make_checkpoint, model_shape  # noqa: E402
 from benchmarks.cpu.tasks import Task  # noqa: E402
 from benchmarks.cpu.workers import OURS, Entrant, Setting, find_peers  # noqa: E402
@@ -112,8 +112,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--peer-widths: {', '.join(unknown)} is unknown; there are {', '.join(sorted(there))}")
 
 
-def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespace, seconds_of: Any) -> dict[str, Any]:
-    """Run one model's groups, and return its record. seconds_of: what the next group may take."""
+def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """Run one model's groups, and return its record."""
     shape = model_shape(name)
     chosen = choose_tasks(args, shape)
     if not chosen:
@@ -129,9 +129,14 @@ def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespa
         working_set = weight_bytes(shape, group[0].width)
         run_group(
             group, chosen, setting, partial(probe, args.threads, working_set), outcome,
-            rounds=args.rounds, seconds=seconds_of(),
+            rounds=args.rounds, seconds=budget.take(weight_of(name)),
         )  # fmt: skip
     return record_of(shape, chosen, outcome)
+
+
+def weight_of(name: str) -> float:
+    """Large models get more of the time."""
+    return 3.0 if model_shape(name).num_parameters > LARGE else 1.0
 
 
 def record_of(shape: ModelShape, chosen: Sequence[Task], outcome: Outcome) -> dict[str, Any]:
@@ -155,22 +160,15 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         say(f"absent: {engine}: {why}")
     groups = choose_entrants(args, pythons)
     args.cache.mkdir(parents=True, exist_ok=True)
-    begin, left = time.monotonic(), len(args.model) * len(groups)
-
-    def seconds_of() -> float:
-        """An even share of the time that is left."""
-        nonlocal left
-        share = (args.minutes * 60 - (time.monotonic() - begin)) / left
-        left -= 1
-        return share
-
+    begin = time.monotonic()
+    budget = Budget(begin + args.minutes * 60, len(groups) * sum(weight_of(name) for name in args.model))
     environment = collect_environment()
     environment["system"].pop("executable", None)  # a path of this machine
     return {
         "benchmark": "cpu",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": args.threads,
-        "models": {name: compare_model(name, groups, args, seconds_of) for name in args.model},
+        "models": {name: compare_model(name, groups, args, budget) for name in args.model},
         "absent": {engine: why.split(" has no ")[-1] for engine, why in absent.items()},
         "seconds": round(time.monotonic() - begin, 1),
         "arguments": {

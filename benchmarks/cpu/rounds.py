@@ -18,7 +18,8 @@ PAUSE_SECONDS = 0.25
 """Between slices: threads of the engine before may still spin."""
 WARM_UP = -1
 """The round whose slices are thrown away."""
-WARM_UP_PROMPT = 1024
+WARM_UP_PROMPT, WARM_UP_OF_MANY = 1024, 16
+"""Tokens of the only prompt, and of each of several, that a warm-up runs at most."""
 
 Probe = Callable[[], dict[str, float]]
 
@@ -32,6 +33,20 @@ class Outcome:
     slices: list[dict[str, Any]] = field(default_factory=list)
     probes: list[dict[str, float]] = field(default_factory=list)
     rounds: int = 0
+
+
+@dataclass
+class Budget:
+    """Time that groups share out: what one leaves goes to those after it. weights: of all groups to come."""
+
+    deadline: float
+    weights: float
+
+    def take(self, weight: float) -> float:
+        """Seconds for the next group."""
+        share = (self.deadline - time.monotonic()) * weight / self.weights
+        self.weights -= weight
+        return share
 
 
 def say(text: str) -> None:
@@ -92,7 +107,8 @@ def warm_up(worker: Worker, tasks: Sequence[Task], outcome: Outcome) -> None:
     for task in tasks:
         prompts, tokens = task.calls(WARM_UP)[0]
         try:
-            worker.complete([p[:WARM_UP_PROMPT] for p in prompts], [min(count, 3) for count in tokens])
+            most = WARM_UP_PROMPT if len(prompts) == 1 else WARM_UP_OF_MANY
+            worker.complete([p[:most] for p in prompts], [min(count, 3) for count in tokens])
         except WorkerError as error:
             outcome.failures[worker.entrant.name] = f"{task.name}: {error}"
 

@@ -78,8 +78,8 @@ def request_list(shrink: int) -> Task:
 
 
 def mixed_steps(shrink: int) -> Task:
-    """Prompts that do not fit one step beside streams that decode already; prompt and generated tokens count."""
-    listed = tuple((512 // min(shrink, 4), (16 + 8 * i) // shrink) for i in range(8))
+    """Six prompts that do not fit one step, so that some decode already; prompt and generated tokens count."""
+    listed = tuple((512 // min(shrink, 4), (16 + 8 * i) // shrink) for i in range(6))
     suffix = f", lengths / {shrink}" if shrink > 1 else ""
     return Task(f"mixed steps{suffix}", sum(p + n for p, n in listed), listed)
 
