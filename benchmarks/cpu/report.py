@@ -113,8 +113,9 @@ def engines_table(record: Record, tasks: Sequence[str]) -> list[str]:
     for entrant in record["entrants"]:
         cells = [spread(figures(record, task, entrant)) for task in tasks]
         cpus = [s["cpus"] for s in record["slices"] if s["entrant"] == entrant and "cpus" in s]
-        rows.append([entrant, *cells, short(statistics.median(cpus)) if cpus else "-"])
-    return text_table(["tokens/s", *tasks, "CPUs"], rows)
+        same = "/".join(map(str, record["entrants"][entrant].get("same_first_tokens", ["-"])))
+        rows.append([entrant, *cells, short(statistics.median(cpus)) if cpus else "-", same])
+    return text_table(["tokens/s", *tasks, "CPUs", "same"], rows)
 
 
 def growth_table(models: Mapping[str, Record], task: str) -> list[str]:

@@ -67,8 +67,7 @@ def run_group(
     deadline = time.monotonic() + seconds
     workers = start_all(entrants, setting, outcome)
     try:
-        for worker in workers:
-            warm_up(worker, tasks, outcome)
+        warm_up_all(workers, tasks, outcome)
         for number in range(rounds):
             begin = time.monotonic()
             outcome.probes.append(probe())
@@ -102,15 +101,31 @@ def start_all(entrants: Sequence[Entrant], setting: Setting, outcome: Outcome) -
     return workers
 
 
-def warm_up(worker: Worker, tasks: Sequence[Task], outcome: Outcome) -> None:
-    """Every shape of call once, the start of its prompts, 3 tokens: first calls compile and allocate."""
+def warm_up_all(workers: Sequence[Worker], tasks: Sequence[Task], outcome: Outcome) -> None:
+    """Warm up, and note how many of the first tokens are those of the first engine: a wrong conversion shows here."""
+    expected: list[int] = []
+    for worker in workers:
+        firsts = warm_up(worker, tasks, outcome)
+        expected = expected or firsts
+        same = sum(a == b for a, b in zip(firsts, expected, strict=False))
+        outcome.entrants[worker.entrant.name]["same_first_tokens"] = [same, len(expected)]
+
+
+def warm_up(worker: Worker, tasks: Sequence[Task], outcome: Outcome) -> list[int]:
+    """Every shape of call once, the start of its prompts, 3 tokens: first calls compile and allocate.
+
+    Returns the first token of every completion.
+    """
+    firsts = []
     for task in tasks:
         prompts, tokens = task.calls(WARM_UP)[0]
         try:
             most = WARM_UP_PROMPT if len(prompts) == 1 else WARM_UP_OF_MANY
-            worker.complete([p[:most] for p in prompts], [min(count, 3) for count in tokens])
+            completed = worker.complete([p[:most] for p in prompts], [min(count, 3) for count in tokens])
+            firsts += [made[0] for made in completed.made]
         except WorkerError as error:
             outcome.failures[worker.entrant.name] = f"{task.name}: {error}"
+    return firsts
 
 
 def run_round(workers: Sequence[Worker], tasks: Sequence[Task], number: int, outcome: Outcome) -> None:
@@ -134,7 +149,7 @@ def run_slice(worker: Worker, task: Task, number: int) -> dict[str, Any]:
     found: dict[str, Any] = {"task": task.name, "entrant": worker.entrant.name, "round": number}
     meter, before = CpuMeter().start(), worker.cpu_seconds()
     try:
-        found["seconds"] = [worker.complete(prompts, tokens) for prompts, tokens in task.calls(number)]
+        found["seconds"] = [worker.complete(prompts, tokens).seconds for prompts, tokens in task.calls(number)]
         found["figure"] = task.figure(found["seconds"])
         found["cpus"] = round((worker.cpu_seconds() - before) / sum(found["seconds"]), 2)
     except (WorkerError, ValueError) as error:

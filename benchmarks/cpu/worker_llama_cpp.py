@@ -53,21 +53,18 @@ def start() -> tuple[Generate, str, dict[str, object]]:
                 found[sequence] = int(np.frombuffer(address, dtype=np.float32).argmax())
         return found
 
-    def generate(prompts: list[list[int]], tokens: list[int]) -> None:
+    def generate(prompts: list[list[int]], tokens: list[int]) -> list[list[int]]:
         llama_cpp.llama_memory_clear(memory, True)
-        last, length, left = {}, {}, {}
-        rows: list[tuple[int, int, int, bool]] = []
-        for sequence, prompt in enumerate(prompts):
-            rows += [(t, i, sequence, i + 1 == len(prompt)) for i, t in enumerate(prompt)]
-            length[sequence], left[sequence] = len(prompt), tokens[sequence]
+        made: dict[int, list[int]] = {sequence: [] for sequence in range(len(prompts))}
+        rows = [(t, i, s, i + 1 == len(p)) for s, p in enumerate(prompts) for i, t in enumerate(p)]
         for begin in range(0, len(rows), args.step_tokens):
-            last.update(decode(rows[begin : begin + args.step_tokens]))
-        left = {sequence: count - 1 for sequence, count in left.items() if count > 1}
-        while left:
-            found = decode([(last[s], length[s], s, True) for s in left])
-            for sequence, token in found.items():
-                last[sequence], length[sequence] = token, length[sequence] + 1
-            left = {sequence: count - 1 for sequence, count in left.items() if count > 1}
+            for sequence, token in decode(rows[begin : begin + args.step_tokens]).items():
+                made[sequence].append(token)
+        while left := [s for s, found in made.items() if len(found) < tokens[s]]:
+            last = [(made[s][-1], len(prompts[s]) + len(made[s]) - 1, s, True) for s in left]
+            for sequence, token in decode(last).items():
+                made[sequence].append(token)
+        return list(made.values())
 
     return generate, llama_cpp.__version__, {"file_bytes": file.stat().st_size}
 

@@ -4,7 +4,8 @@ A worker holds one engine with one model and does one thing: complete token prom
 asked. This file needs nothing but the standard library, since workers run in the engines' own environments.
 
     worker -> {"ready": true, "version": "...", "details": {...}}     or {"error": "..."}
-    bench  -> {"prompts": [[1, 2, ...], ...], "tokens": [16, ...]}    worker -> {"seconds": 1.23}   or {"error": "..."}
+    bench  -> {"prompts": [[1, 2, ...], ...], "tokens": [16, ...]}
+    worker -> {"seconds": 1.23, "made": [[7, ...], ...]}             or {"error": "..."}
 """
 
 import argparse
@@ -16,8 +17,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-Generate = Callable[[list[list[int]], list[int]], None]
-"""Completes prompts; raises if it made fewer tokens than asked."""
+Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
+"""Completes prompts and returns the tokens that it made, at least as many as asked."""
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -53,8 +54,10 @@ def serve(start: Callable[[], tuple[Generate, str, dict[str, Any]]]) -> None:
         request = json.loads(line)
         try:
             begin = time.perf_counter()
-            generate(request["prompts"], request["tokens"])
-            say(seconds=time.perf_counter() - begin)
+            made = generate(request["prompts"], request["tokens"])
+            seconds = time.perf_counter() - begin
+            require_lengths([len(tokens) for tokens in made], request["tokens"])
+            say(seconds=seconds, made=made)
         except Exception as error:
             traceback.print_exc()
             say(error=f"{type(error).__name__}: {error}"[:500])
@@ -62,5 +65,5 @@ def serve(start: Callable[[], tuple[Generate, str, dict[str, Any]]]) -> None:
 
 def require_lengths(got: list[int], asked: list[int]) -> None:
     """An engine that stops early would look fast."""
-    if got != asked:
+    if len(got) != len(asked) or any(g < a for g, a in zip(got, asked, strict=True)):
         raise RuntimeError(f"made {got[:8]} tokens, asked for {asked[:8]}")

@@ -57,6 +57,14 @@ class Setting:
     step_tokens: int = 512
 
 
+@dataclass(frozen=True)
+class Completed:
+    """Seconds that a call took, and the tokens that were made."""
+
+    seconds: float
+    made: list[list[int]]
+
+
 @dataclass
 class Worker:
     """A started worker. `complete` asks it for one call after the other."""
@@ -88,15 +96,16 @@ class Worker:
         worker.version, worker.details = answer["version"], answer["details"]
         return worker
 
-    def complete(self, prompts: list[list[int]], tokens: list[int], timeout: float = CALL_TIMEOUT) -> float:
-        """Seconds that it took. Raises `WorkerError`."""
+    def complete(self, prompts: list[list[int]], tokens: list[int], timeout: float = CALL_TIMEOUT) -> "Completed":
+        """Raises `WorkerError`."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
             self.process.stdin.flush()
         except OSError:
             raise WorkerError(f"ended: {self.last_line()}") from None
-        return float(self._answer(timeout)["seconds"])
+        answer = self._answer(timeout)
+        return Completed(float(answer["seconds"]), answer["made"])
 
     @property
     def alive(self) -> bool:

@@ -45,7 +45,8 @@ def test_a_worker_answers_with_seconds_and_what_its_engine_prints_is_no_answer(s
     worker = Worker.start(fake("bf16"), setting)
     try:
         assert (worker.version, worker.details) == ("1.2", {"threads": 2})
-        assert 0 <= worker.complete([[1, 2]], [4]) < 10
+        completed = worker.complete([[1, 2]], [4])
+        assert 0 <= completed.seconds < 10 and completed.made == [[1, 1, 1, 1]]
         assert "must not reach" in worker.log.read_text()
     finally:
         worker.stop()
@@ -56,7 +57,16 @@ def test_a_worker_that_refuses_a_call_serves_the_next(setting: Setting) -> None:
     try:
         with pytest.raises(WorkerError, match="ValueError: that many tokens are too many"):
             worker.complete([[1]], [4])
-        assert worker.alive and worker.complete([[1]], [1]) >= 0
+        assert worker.alive and worker.complete([[1]], [1]).made == [[1]]
+    finally:
+        worker.stop()
+
+
+def test_an_engine_that_makes_fewer_tokens_than_asked_has_failed(setting: Setting) -> None:
+    worker = Worker.start(fake("f32-eager"), setting)
+    try:
+        with pytest.raises(WorkerError, match=r"made \[3\] tokens, asked for \[4\]"):
+            worker.complete([[1]], [4])
     finally:
         worker.stop()
 
@@ -125,6 +135,13 @@ def test_what_a_group_leaves_goes_to_those_after_it(monkeypatch: pytest.MonkeyPa
 def test_the_warm_up_calls_every_task_but_generates_little(setting: Setting, calls: Callable[[], list[str]]) -> None:
     run([fake("bf16")], setting, TASKS, count=1)
     assert calls() == ["bf16 1 1", "bf16 2 3", "bf16 1 1", "bf16 2 4"]
+
+
+def test_first_tokens_are_compared_with_those_of_the_first_engine(setting: Setting) -> None:
+    outcome = run([fake("bf16"), fake("f32"), fake("int8")], setting, [GENERATE], count=1)
+    assert {name: about["same_first_tokens"] for name, about in outcome.entrants.items()} == {
+        "fake bf16": [2, 2], "fake f32": [2, 2], "fake int8": [0, 2],
+    }  # fmt: skip
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------
