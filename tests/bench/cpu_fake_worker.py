@@ -1,7 +1,8 @@
 """A worker that computes nothing, for the tests of the CPU comparison.
 
 The engine's width says what becomes of it: bf16 and the like answer at once, `dies` ends in its first call after the
-warm-up, `refuses` answers with an error, `absent` does not start, `f32-eager` makes a token too few, int8 other tokens than the rest. Each call is noted in FAKE_WORKER_LOG.
+warm-up, `refuses` answers with an error, `absent` does not start, `f32-eager` makes a token too few, int8 other tokens
+than the rest. Each call is noted in FAKE_WORKER_LOG.
 """
 
 import os
