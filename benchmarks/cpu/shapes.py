@@ -14,8 +14,7 @@ from mini_vllm.bench.cost import ModelShape
 from mini_vllm.hf_config import HFConfig
 from mini_vllm.simulator.planner.presets import preset_config
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "mini_vllm" / "assets" / "stdlib-llama-3.7m"
+SPECIAL = ("<unk>", "<s>", "</s>")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _COMMON = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 32768,
@@ -77,11 +76,25 @@ def make_checkpoint(name: str, cache: Path) -> Path:
     scratch.mkdir(parents=True)
     config = config_of(name)
     (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / file, scratch / file)
+    _write_tokenizer(config["vocab_size"], scratch)
     _write_weights(config, scratch / "model.safetensors")
     scratch.rename(folder)
     return folder
+
+
+def _write_tokenizer(size: int, folder: Path) -> None:
+    """One in which every id has text: ids without are never sampled by some engines, which then have less to do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {text: i for i, text in enumerate((*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
+    vocab |= {f"Ġw{i}": i for i in range(len(vocab), size)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[1], "eos_token": SPECIAL[2]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(known), encoding="utf-8")
 
 
 def _write_weights(config: dict[str, Any], file: Path) -> None:

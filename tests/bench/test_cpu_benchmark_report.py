@@ -78,11 +78,13 @@ def test_shapes_have_the_sizes_that_their_names_say(name: str, millions: float) 
 
 def test_a_made_checkpoint_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mini_vllm.hf_config import HFConfig
+    from mini_vllm.text.tokenizer import Tokenizer
 
-    small = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 50}
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 300}
     monkeypatch.setitem(SHAPES, "small", SHAPES["qwen2.5-0.5b"] | small | {"num_attention_heads": 2})
     folder = make_checkpoint("small", tmp_path)
     assert HFConfig.from_folder(folder).hidden_size == 8 and (folder / "tokenizer.json").is_file()
+    assert Tokenizer.from_folder(folder).vocab_size == 300
     size = 2 * model_shape("small").num_parameters
     assert size < (folder / "model.safetensors").stat().st_size < size + 4096
     assert make_checkpoint("small", tmp_path) == folder and [p.name for p in tmp_path.iterdir()] == ["small"]
