@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 export VENV PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev demo serve test lint format typecheck unit test-slow test-asan bench-step bench-serving bench-fidelity clean
+.PHONY: help env env-dev demo serve test lint format typecheck unit test-slow test-asan bench-step bench-serving bench-fidelity bench-cpu clean
 
 help:  ## Show this list
 	@echo "usage: make <target>"; echo
@@ -54,6 +54,9 @@ bench-step: env  ## Measure the cost of a step outside the model; writes benchma
 
 bench-serving: env  ## Measure what serving costs beside the engine (BENCH_ARGS="..." for flags); writes benchmarks/results/
 	@$(BIN)/python benchmarks/serving.py $(BENCH_ARGS)
+
+bench-cpu: env-dev  ## Compare with other CPU engines, ten minutes (BENCH_ARGS="..." for peers and more); writes benchmarks/results/
+	@$(BIN)/python benchmarks/cpu/compare.py $(BENCH_ARGS)
 
 bench-fidelity: env  ## Serve requests in real time and simulate the same ones; writes benchmarks/results/
 	@$(BIN)/python benchmarks/simulator_fidelity.py $(if $(MODEL),--model $(MODEL)) $(BENCH_ARGS)
