@@ -257,12 +257,14 @@ class Row {
     return room_.ids[first_above(room_.probable, count, uniform * total)];
   }
 
-  // The lowest scaled logit whose weight is at least this.
+  // The lowest scaled logit whose weight is at least this, which is at most 1.
   static float lowest_kept(double weight) {
-    float x = float(std::log(weight));
-    while (std::exp(double(x)) >= weight) x = std::nextafter(x, kLowest);
-    while (std::exp(double(x)) < weight) x = std::nextafter(x, 1.0f);
-    return std::min(x, 0.0f);
+    uint32_t low = 0, high = 0x7f800000;  // magnitudes, by their bits: exp(-low) >= weight > exp(-high)
+    while (high - low > 1) {
+      uint32_t middle = low + (high - low) / 2;
+      (std::exp(-double(as<float>(middle))) >= weight ? low : high) = middle;
+    }
+    return -as<float>(low);
   }
 
   // The highest of each block; returns what top-k keeps nothing below of.
