@@ -2,7 +2,7 @@
 
 `int8_per_token_head`: every token's key, and its value, of one KV head is `head_size` integers and one float32 scale,
 max|x| / 127. Scales lie in the same tensor, int8 and shaped [2, num_blocks, num_kv_heads, block_size,
-head_size + 4]; but the bytes of the last two dimensions, a page, are first the scales of all its rows and then the rows,
+head_size + 4]; but the bytes of its last two dimensions, a page, are first the scales of its rows, then the rows,
 so that both can be read as whole vectors.
 """
 
