@@ -1,8 +1,8 @@
 """What a KV cache holds: which names there are, what type of tensor each is stored in, and int8 with scales.
 
 `int8_per_token_head`: every token's key, and its value, of one KV head is `head_size` integers and one float32 scale,
-max|x| / 127. The scales lie in the same tensor, int8 and shaped [2, num_blocks, num_kv_heads, block_size,
-head_size + 4]; but the bytes of the last two dimensions, a page, are first the scales of all its rows and then the rows,
+max|x| / 127. Scales lie in the same tensor, int8 and shaped [2, num_blocks, num_kv_heads, block_size,
+head_size + 4]; but the bytes of its last two dimensions, a page, are first the scales of its rows, then the rows,
 so that both can be read as whole vectors.
 """
 
