@@ -160,7 +160,7 @@ def line_of(row: dict[str, Any]) -> str:
     off, on = row["sync_tokens_per_s"], row["async_tokens_per_s"]
     ratios = [b / a for a, b in zip(off, on, strict=True)]
     return (
-        f"{row['num_requests']:4} requests: tokens/s {statistics.median(off):7.0f} off, {statistics.median(on):7.0f} on;"
+        f"{row['num_requests']:4} requests: {statistics.median(off):7.0f} off, {statistics.median(on):7.0f} on tok/s;"
         f" on/off {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     )
 

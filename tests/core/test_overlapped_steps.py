@@ -176,7 +176,9 @@ def play(case: dict[str, Any]) -> None:
         for news in engine.step().outputs:
             told.setdefault(news.request_id, []).extend(news.new_token_ids)
         engine.scheduler.check_integrity()
-    while engine.has_work():
+    for _ in range(500):
+        if not engine.has_work():
+            break
         for news in engine.step().outputs:
             told.setdefault(news.request_id, []).extend(news.new_token_ids)
     drain(engine, executor)
@@ -195,8 +197,8 @@ def test_random_lives_leak_nothing_and_change_no_token(case: dict[str, Any]) -> 
 def test_random_lives_find_children_that_part_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken control: the plan after a fork is made before the children are there."""
     monkeypatch.setattr(EngineCore, "_may_plan_ahead", lambda self, plan: self.scheduler.may_plan_ahead())
-    with pytest.raises((AssertionError, KeyError)):
-        for seed in range(60):
+    with pytest.raises((AssertionError, KeyError)):  # a wrong token, a wrong read, or no end
+        for seed in range(20):
             play(
                 {
                     "seed": seed, "blocks": 40, "block_size": 4, "budget": 64, "max_num_seqs": 8, "policy": "fcfs",
