@@ -11,7 +11,6 @@ namespace mv::gemm {
 namespace {
 
 constexpr int64_t kStretch = 96;     // of k
-constexpr int kDirectTiles = 1;      // more tiles than this share widened weights
 constexpr int64_t kRowBlock = 512;   // rows whose partial sums are kept
 #if defined(MV_GEMM_AVX512)
 constexpr int kWords = 2, kTileRows = 6;
@@ -27,7 +26,7 @@ constexpr int64_t kUnitsPerWide = 64 / kUnit;
 
 template <int DType>
 struct FloatWeights {
-  static constexpr int kStep = 1;
+  static constexpr int kStep = 1, kMostRows = kTileRows;
   static constexpr int64_t kWordBytes = kPanel * (DType == kF32 ? 4 : 2), kStepBytes = 2 * kWordBytes;
   struct Raw { const uint8_t* p; };
   const uint8_t* base;
@@ -48,7 +47,7 @@ struct FloatWeights {
 };
 
 struct ByteWeights {
-  static constexpr int kStep = 4;
+  static constexpr int kStep = 4, kMostRows = kTileRows < 6 ? kTileRows : 5;  // registers that hold bytes count as well
   using Raw = Bytes;
   const uint8_t* base;
   int64_t panel_bytes;
@@ -90,13 +89,13 @@ MV_INLINE void step(F32 (&acc)[R][kWords], const F32 (&w)[kWords], const float* 
   }
 }
 
-// x: stretches `stride` elements apart, rows kStretch apart in each. k from `begin` to `end`, whole steps.
+// All of k at once, in whole steps. x: stretches `stride` elements apart, rows kStretch apart in each.
 template <int R, class Weights>
-MV_TILE void direct_tile(const Weights& weights, const float* x, int64_t stride, int64_t begin, int64_t end, Sums sums) {
+MV_TILE void direct_tile(const Weights& weights, const float* x, int64_t stride, int64_t total, float* sums) {
   F32 acc[R][kWords];
-  load_sums<R>(acc, sums);
-  for (int64_t first = begin; first < end; first += kStretch, x += stride) {
-    int64_t size = std::min(kStretch, end - first);
+  load_sums<R>(acc, Sums{sums, true});
+  for (int64_t first = 0; first < total; first += kStretch, x += stride) {
+    int64_t size = std::min(kStretch, total - first);
     for (int64_t k = 0; k < size; k += Weights::kStep) {
       typename Weights::Raw raw[kWords];
       MV_UNROLL for (int v = 0; v < kWords; v++) raw[v] = weights.load(first + k, v);
@@ -113,7 +112,7 @@ MV_TILE void direct_tile(const Weights& weights, const float* x, int64_t stride,
       }
     }
   }
-  store_sums<R>(acc, sums);
+  store_sums<R>(acc, Sums{sums, false});
 }
 
 template <class Weights>
@@ -170,19 +169,12 @@ void finish_unit(const Call& call, int64_t unit, int64_t first_row, int64_t coun
 
 template <class Weights>
 void few_rows(const Call& call, int64_t begin, int64_t end) {
-  alignas(64) float sums[kDirectTiles * kTileRows * kUnit];
-  Tiling tiling(call.rows.count, kTileRows);
-  int64_t span = tiling.tiles == 1 ? call.k : kStretch;
+  alignas(64) float sums[kTileRows * kUnit];
   for (int64_t unit = begin; unit < end; unit++) {
     Weights weights(call.linear, unit);
-    for (int64_t k = 0; k < call.k; k += span)
-      for (int64_t t = 0; t < tiling.tiles; t++)
-        with_height<kTileRows>(tiling.height(t), [&](auto height) {
-          const float* x = call.stretch(k) + tiling.start(t) * kStretch;
-          int64_t stride = call.rows.count * kStretch;
-          Sums waiting{sums + tiling.start(t) * kUnit, k == 0};
-          direct_tile<height()>(weights, x, stride, k, std::min(call.k, k + span), waiting);
-        });
+    with_height<kTileRows>(int(call.rows.count), [&](auto height) {
+      direct_tile<height()>(weights, call.x, call.rows.count * kStretch, call.k, sums);
+    });
     finish_unit(call, unit, 0, call.rows.count, sums);
   }
 }
@@ -235,14 +227,14 @@ void many_rows(const Call& call, int64_t begin, int64_t end) {
 
 template <class Weights>
 void run(const Call& call) {
-  bool few = call.rows.count <= kDirectTiles * kTileRows;
+  bool few = call.rows.count <= Weights::kMostRows;
   for_panels(call.units, 1, call.rows.count, [&](int64_t begin, int64_t end) {
     if (few) few_rows<Weights>(call, begin, end);
     else many_rows<Weights>(call, begin, end);
   });
 }
 
-// --- activations -------------------------------------------------------------------------------------------------------
+// --- activations -----------------------------------------------------------------------------------------------------
 
 void widen_row(const Rows& rows, int64_t row, int64_t first, int64_t size, float* out) {
   const char* x = static_cast<const char*>(rows.x) + (row * rows.ldx + first) * element_size(rows.x_dtype);
