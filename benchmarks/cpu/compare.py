@@ -121,7 +121,7 @@ def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespa
     setting = Setting(
         model=make_checkpoint(name, args.cache), cache=args.cache, threads=args.threads,
         max_len=max(task.longest for task in chosen) + 16, max_seqs=max(len(task.requests) for task in chosen),
-        step_tokens=args.step_tokens,
+        step_tokens=args.step_tokens, kv_tokens=max(task.total for task in chosen) + 1024,
     )  # fmt: skip
     outcome = Outcome()
     for group in groups:

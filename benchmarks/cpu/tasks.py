@@ -51,6 +51,11 @@ class Task:
         return self.counted / elapsed
 
     @property
+    def total(self) -> int:
+        """Tokens of all sequences together."""
+        return sum(p + n + self.more for p, n in self.requests)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(p + n for p, n in self.requests) + self.more

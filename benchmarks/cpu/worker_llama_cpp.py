@@ -23,7 +23,7 @@ def start() -> tuple[Generate, str, dict[str, object]]:
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = args.max_len * min(args.max_seqs, max(1, 32768 // args.max_len))
+    params.n_ctx = -(-args.kv_tokens // 256) * 256
     params.n_batch = params.n_ubatch = max(args.step_tokens, args.max_seqs)
     params.n_seq_max = args.max_seqs
     params.n_threads = params.n_threads_batch = args.threads

@@ -29,6 +29,7 @@ def start() -> tuple[Generate, str, dict[str, object]]:
         max_model_len=args.max_len,
         max_num_seqs=args.max_seqs,
         max_num_batched_tokens=args.step_tokens,
+        num_gpu_blocks_override=args.kv_tokens // 16 + 2 * args.max_seqs,
         num_threads=args.threads,
         enable_prefix_caching=False,
         use_tqdm_on_load=False,

@@ -30,6 +30,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--max-len", type=int, required=True, help="tokens of the longest sequence")
     parser.add_argument("--max-seqs", type=int, required=True, help="sequences at once")
     parser.add_argument("--step-tokens", type=int, required=True, help="tokens of all sequences in one step")
+    parser.add_argument("--kv-tokens", type=int, required=True, help="tokens of all sequences at once")
     parser.add_argument("--cache", required=True, help="folder for converted models")
     return parser.parse_args()
 

@@ -47,7 +47,7 @@ class Entrant:
 @dataclass(frozen=True)
 class Setting:
     """What all entrants of a run have in common. max_len: tokens of the longest sequence; max_seqs: at once;
-    step_tokens: tokens of all sequences in one step."""
+    step_tokens: tokens of all sequences in one step; kv_tokens: that are cached at once."""
 
     model: Path
     cache: Path
@@ -55,6 +55,7 @@ class Setting:
     max_len: int
     max_seqs: int
     step_tokens: int = 512
+    kv_tokens: int = 8192
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Worker:
 def command_of(entrant: Entrant, setting: Setting) -> list[str]:
     options = {"model": setting.model, "width": entrant.width, "threads": setting.threads, "cache": setting.cache,
                "max-len": setting.max_len, "max-seqs": setting.max_seqs,
-               "step-tokens": setting.step_tokens}  # fmt: skip
+               "step-tokens": setting.step_tokens, "kv-tokens": setting.kv_tokens}  # fmt: skip
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [entrant.python, str(entrant.worker_file), *flags]
 
