@@ -128,4 +128,5 @@ def _find_or_build(isa: str) -> tuple[Path, bool]:
         if (folder / name).is_file():
             return folder / name, False
     writable = os.access(PACKAGE_LIBRARY_DIR.parent, os.W_OK)
+    logger.info("CPU kernels: compiling for %s, which takes about a minute and happens once", isa)
     return build_library(isa, folders[0] if writable else folders[1]), True
