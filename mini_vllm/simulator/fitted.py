@@ -106,10 +106,15 @@ class FittedCost:
         seconds = data.get("seconds_per")
         if not isinstance(seconds, dict) or not all(type(seconds.get(name)) in (int, float) for name in RATES):
             raise ConfigError(f"cost_file: {path}: seconds_per must have a number for each of {', '.join(RATES)}")
+        key, chunk, pair, request, prompt_token = (float(seconds[name]) for name in RATES)
         return cls(
             _table_of(path, "token_seconds", data.get("token_seconds")),
             _table_of(path, "sample_seconds", data.get("sample_seconds")),
-            *(float(seconds[name]) for name in RATES),
+            key,
+            chunk,
+            pair,
+            request,
+            prompt_token,
             slowdown=_slowdown_of(path, data.get("slowdown")),
             quality=data.get("quality", {}),
             about=data.get("about", {}),
