@@ -19,7 +19,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from mini_vllm.engine.llm_engine import LLMEngine
 from mini_vllm.simulator.calibrate import calibrate
 from mini_vllm.simulator.driver import Simulation
 from mini_vllm.simulator.fitted import FittedCost
-from mini_vllm.simulator.options import SimulationOptions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEAST_REQUESTS = 8
@@ -64,8 +63,12 @@ class Bench:
         number = min(max(round(count), LEAST_REQUESTS), MOST_REQUESTS)
         return make_requests(shape, number, rate, self.engine.max_model_len, self.token_ids, self.args.seed)
 
-    def simulate(self, requests: Sequence[Timed], weather: Weather | None = None) -> dict[str, Any]:
-        simulation = Simulation(self.options, Listed(requests), self.cost)
+    def simulate(
+        self, requests: Sequence[Timed], weather: Weather | None = None, outside: float = 0.0
+    ) -> dict[str, Any]:
+        """Figures. weather: of a real run. outside: seconds of a request outside the engine."""
+        options = replace(self.options, request_latency_ms=1e3 * outside)
+        simulation = Simulation(options, Listed(requests), self.cost)
         if weather is not None:
             expose(simulation, weather)
         return simulation.run().metrics()
@@ -131,9 +134,7 @@ class Bench:
     ) -> dict[str, Any]:
         served = [client.serve(requests) for _ in range(self.args.runs)]
         runs = [run.metrics() for run in served]
-        self.options = SimulationOptions(**vars(self.options) | {"request_latency_ms": 1e3 * outside})
-        simulated = self.simulate(requests)
-        self.options = SimulationOptions(**vars(self.options) | {"request_latency_ms": 0.0})
+        simulated = self.simulate(requests, outside=outside)
         row = {
             "name": f"server, {shape.name}, load {load:g}", "shape": asdict(shape), "load": load,
             "num_requests": len(requests), "request_latency_ms": 1e3 * outside, "compared": compare(runs, simulated),

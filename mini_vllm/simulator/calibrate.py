@@ -158,7 +158,8 @@ def _quick_enough(
     runner: "_Runner", sets: Sequence[RequestSet], limit: float, tell: Callable[[str], None]
 ) -> list[RequestSet]:
     """Those that are run again, once the first run has warmed the engine up (and filled the cache for some)."""
-    kept, too_slow = [], set()
+    kept: list[RequestSet] = []
+    too_slow: set[str] = set()
     for each in sets:
         if each.family in too_slow:
             continue

@@ -60,12 +60,15 @@ def fit_cost(
     matrix = _design(loads, tokens, sampled)
     x = _robust(matrix, seconds, _bends(tokens, sampled, matrix.shape[1], float(np.median(seconds))))
     of_tokens, of_samples, rates = np.split(x, [len(tokens), len(tokens) + len(sampled)])
+    key, chunk, pair = rates.tolist()
     return FittedCost(
         tuple(zip(tokens, of_tokens.tolist(), strict=True)),
         tuple(zip(sampled, of_samples.tolist(), strict=True)),
-        *rates.tolist(),
+        key,
+        chunk,
+        pair,
         *adding,
-        slowdown,
+        slowdown=slowdown,
         quality=_quality(matrix @ x, seconds) | (quality or {}),
         about=about or {},
     )
@@ -150,7 +153,8 @@ def nonnegative_least_squares(matrix: Floats, target: Floats) -> Floats:
             break
         free[int(np.argmax(gradient))] = True
         x = _solve_free(gram, towards, x, free)
-    return x / scale
+    solution: Floats = x / scale
+    return solution
 
 
 def _solve_free(gram: Floats, towards: Floats, x: Floats, free: NDArray[np.bool_]) -> Floats:

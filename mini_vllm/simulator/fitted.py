@@ -106,12 +106,25 @@ class FittedCost:
         seconds = data.get("seconds_per")
         if not isinstance(seconds, dict) or not all(type(seconds.get(name)) in (int, float) for name in RATES):
             raise ConfigError(f"cost_file: {path}: seconds_per must have a number for each of {', '.join(RATES)}")
-        rates = {f"{name}_seconds": float(seconds[name]) for name in RATES}
-        if type(data.get("slowdown")) not in (int, float):
-            raise ConfigError(f"cost_file: {path}: slowdown must be a number, got {data.get('slowdown')!r}")
-        tables = [_table_of(path, name, data.get(name)) for name in ("token_seconds", "sample_seconds")]
-        rates["slowdown"] = float(data["slowdown"])
-        return cls(*tables, **rates, quality=data.get("quality", {}), about=data.get("about", {}))
+        key, chunk, pair, request, prompt_token = (float(seconds[name]) for name in RATES)
+        return cls(
+            _table_of(path, "token_seconds", data.get("token_seconds")),
+            _table_of(path, "sample_seconds", data.get("sample_seconds")),
+            key,
+            chunk,
+            pair,
+            request,
+            prompt_token,
+            slowdown=_slowdown_of(path, data.get("slowdown")),
+            quality=data.get("quality", {}),
+            about=data.get("about", {}),
+        )
+
+
+def _slowdown_of(path: str | Path, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ConfigError(f"cost_file: {path}: slowdown must be a number, got {value!r}")
+    return float(value)
 
 
 def _table_of(path: str | Path, name: str, entries: Any) -> Table:

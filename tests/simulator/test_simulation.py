@@ -358,3 +358,30 @@ def test_the_simulated_device_has_no_worker() -> None:
 
     with pytest.raises(NotImplementedError, match="'profile'"):
         PredictingExecutor(options(), COST, LogicalClock()).collective_rpc("profile")
+
+
+# -- around the steps --------------------------------------------------------------------------------------------
+
+
+def test_time_outside_the_engine_comes_on_top_of_each_request() -> None:
+    """A lone request waits as much longer for its first token, and its tokens come as far apart as before."""
+    workload = WorkloadOptions(num_requests=1, rate=1, prompt_len="20", output_len="5")
+    plain, far = (run(workload, request_latency_ms=latency).metrics() for latency in (0.0, 250.0))
+    assert far["median_ttft_ms"] == pytest.approx(plain["median_ttft_ms"] + 250)
+    assert far["median_e2el_ms"] == pytest.approx(plain["median_e2el_ms"] + 250)
+    assert far["median_tpot_ms"] == pytest.approx(plain["median_tpot_ms"])
+    with pytest.raises(ConfigError, match="request_latency_ms: must be at least 0, got -1"):
+        SimulationOptions(request_latency_ms=-1.0)
+
+
+def test_what_adding_requests_takes_delays_the_next_step() -> None:
+    """Two arrive at once: half a second each before the first step, of ten tokens' prompts a millisecond more."""
+
+    class Slow(TwoConstantCost):
+        def add_seconds(self, num_prompt_tokens: int) -> float:
+            return 0.5 + 1e-4 * num_prompt_tokens
+
+    workload = WorkloadOptions(num_requests=2, arrivals="at-once", prompt_len="10", output_len="3")
+    plain, slow = (run(workload, kind(0.01, 0.0)).metrics() for kind in (TwoConstantCost, Slow))
+    assert slow["median_ttft_ms"] == pytest.approx(plain["median_ttft_ms"] + 1002)
+    assert slow["median_tpot_ms"] == pytest.approx(plain["median_tpot_ms"])

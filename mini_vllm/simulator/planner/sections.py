@@ -129,7 +129,8 @@ def _engine_lines(s: Setup) -> list[Line]:
         return []
     blocks, why = s.engine_num_blocks()
     per_request = blocks_for(s.context, o.block_size) * len(s.engine_groups)
-    text = f"{why} (weights and activations taken off first)" if "utilization" in why else why
+    text = "our own rule, which serve follows (the lines above are vLLM's): " + why
+    text += ", weights and activations taken off before the share" if "utilization" in why else ""
     lines = [Line("engine_num_gpu_blocks", "blocks in mini-vllm", blocks, "blocks", text)]
     if len(s.engine_groups) > 1:
         text = (
