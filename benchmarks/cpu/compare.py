@@ -169,7 +169,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": args.threads,
         "models": {name: compare_model(name, groups, args, budget) for name in args.model},
-        "absent": {engine: why.split(" has no ")[-1] for engine, why in absent.items()},
+        "absent": absent,
         "seconds": round(time.monotonic() - begin, 1),
         "arguments": {
             key: value for key, value in vars(args).items() if key not in ("cache", "output", "peers", "render")
