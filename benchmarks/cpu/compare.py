@@ -42,11 +42,9 @@ PEER_WIDTHS = {
     "vllm": ("bf16", "f32"),
 }
 OUR_WIDTHS = ("bf16", "f32", "int8", "int8-weights", "int4", "int4-head")
-BYTES_DECODED = 15e9
-"""A slice of decoding reads about so many bytes of weights, unless --decode-tokens says otherwise."""
 MAX_DECODE_TOKENS = 256
 LARGE = 100e6
-"""Parameters above which lists of requests are shortened, unless --shrink says otherwise."""
+"""Parameters above which request lists are shortened by --shrink."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,8 +57,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="for all of it")
     parser.add_argument("--rounds", type=int, default=5, help="at most")
     parser.add_argument("--threads", type=int, help="of every engine; default: what mini_vllm would choose")
-    parser.add_argument("--decode-tokens", type=int, help="tokens that decoding is timed over; default: by size")
-    parser.add_argument("--shrink", type=int, help="divides the lengths of request lists; default: 1, or 8 for large")
+    parser.add_argument("--decode-gb", type=float, default=15.0, help="weights read by a slice of decoding, in 16 bits")
+    parser.add_argument("--shrink", type=int, default=8, help="divides the lengths of large models' request lists")
     parser.add_argument("--step-tokens", type=int, default=512, help="tokens of all sequences in one step")
     parser.add_argument("--only", nargs="+", metavar="TASK", help="tasks whose names begin so")
     parser.add_argument("--sweeps", action="store_true", help="batch 1 to 64 and context 128 to 8k")
@@ -76,9 +74,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def choose_tasks(args: argparse.Namespace, shape: ModelShape) -> list[Task]:
     """The rows of one model's table, of lengths that suit its size."""
     large = shape.num_parameters > LARGE
-    by_size = round(BYTES_DECODED / shape.weight_bytes_per_decode_step)
-    more = args.decode_tokens or max(4, min(MAX_DECODE_TOKENS, by_size))
-    shrink = args.shrink or (8 if large else 1)
+    by_size = round(args.decode_gb * 1e9 / shape.weight_bytes_per_decode_step)
+    more = max(4, min(MAX_DECODE_TOKENS, by_size))
+    shrink = args.shrink if large else 1
     long = args.long if args.long is not None else ([] if large else [8064])
     chosen = [tasks_of.decoding("decode, 1 stream", 1, 128, more), tasks_of.prefill(512)]
     chosen += [tasks_of.request_list(shrink), tasks_of.mixed_steps(shrink), *map(tasks_of.prefill, long)]
@@ -169,7 +167,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": args.threads,
         "models": {name: compare_model(name, groups, args, budget) for name in args.model},
-        "absent": {engine: why.split(" has no ")[-1] for engine, why in absent.items()},
+        "absent": absent,
         "seconds": round(time.monotonic() - begin, 1),
         "arguments": {
             key: value for key, value in vars(args).items() if key not in ("cache", "output", "peers", "render")

@@ -160,7 +160,7 @@ def _model_lines(name: str, record: Record) -> list[str]:
     )
     read = record["ceilings"]["read_gb_s"]
     lines = [
-        f"{name}: {record['rounds']} rounds; memory {memory} GB/s, weights read at up to {short(read)} GB/s; "
+        f"{name}: rounds {record['rounds']}; memory {memory} GB/s, weights read at up to {short(read)} GB/s; "
         f"products {peaks} GFLOP/s",
         "",
     ]

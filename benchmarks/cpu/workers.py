@@ -190,7 +190,7 @@ def find_peers(asked: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         elif has_module(python, ENGINES[engine]):
             found[engine] = python
         else:
-            absent[engine] = f"{python if engine in given else 'this python'} has no module {ENGINES[engine]}"
+            absent[engine] = f"{'the named' if engine in given else 'this'} python has no module {ENGINES[engine]}"
     return found, absent
 
 
