@@ -16,6 +16,7 @@ from mini_vllm.engine.core import EngineCore
 from mini_vllm.exceptions import ConfigError, KVCacheTooSmallError
 from mini_vllm.executor.base import Executor
 from mini_vllm.executor.uniproc import UniProcExecutor
+from mini_vllm.ops.cpu import library as native
 from mini_vllm.platforms import CpuPlatform
 from mini_vllm.request import Request
 from mini_vllm.sampling_params import SamplingParams
@@ -123,8 +124,9 @@ def test_start_up_says_what_was_decided(folder: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize(("dtype", "warned"), [("float16", True), ("float32", False)])
 def test_a_slow_dtype_is_obeyed_with_a_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture, dtype: str, warned: bool
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, dtype: str, warned: bool
 ) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
     config = engine_config(folder, num_gpu_blocks_override=20)
     with caplog.at_level(logging.WARNING, "mini_vllm"):
         UniProcExecutor(replace(config, model=replace(config.model, dtype=dtype)))
@@ -153,7 +155,7 @@ def test_a_pool_that_forces_preemptions_changes_no_token(folder: Path, params: d
 def test_a_failed_step_ends_its_requests_and_the_next_ones_are_served(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core = make_core(engine_config(folder))
+    core = make_core(engine_config(folder, enforce_eager=True))
     assert isinstance(core.executor, UniProcExecutor)
     expected = tokens(serve(core, temperature=0.0))
     runner = core.executor.runner

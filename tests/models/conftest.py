@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from mini_vllm.ops import linear as ops
 from tests.families import BY_NAME
 from tests.models.oracle import Oracle
 
@@ -19,3 +20,9 @@ def oracle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracl
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 weights stay as the checkpoint has them, where a test looks at them or changes them."""
+    monkeypatch.setattr(ops, "native_linear", lambda weight: None)

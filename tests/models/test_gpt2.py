@@ -16,6 +16,7 @@ BOTH = pytest.mark.parametrize("row", ["gpt2", "gpt2-untied-scores-by-layer"])
 
 
 @BOTH
+@pytest.mark.usefixtures("plain_weights")
 def test_control_a_square_matrix_taken_as_it_is_fails(oracle_of, row):
     oracle = oracle_of(row)
     model = oracle.model()
@@ -25,6 +26,7 @@ def test_control_a_square_matrix_taken_as_it_is_fails(oracle_of, row):
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0)])
+@pytest.mark.usefixtures("plain_weights")
 def test_control_another_order_of_query_key_and_value_fails(oracle_of, order):
     oracle = oracle_of("gpt2")
     model = oracle.model()

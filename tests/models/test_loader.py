@@ -58,6 +58,7 @@ def test_shards_and_a_single_file_load_the_same_model(folder, sharded):
     assert all(one[name].equal(many[name]) for name in one)
 
 
+@pytest.mark.usefixtures("plain_weights")
 def test_fused_parameters_hold_their_parts_in_order(folder):
     tensors, model = load_file(folder / WEIGHTS_FILE), load(folder)
     for layer, module in enumerate(model.model.layers):
@@ -75,6 +76,7 @@ def test_weights_are_converted_to_the_models_dtype(folder):
     assert model.model.norm.weight.dtype is torch.bfloat16
 
 
+@pytest.mark.usefixtures("plain_weights")
 def test_two_ranks_load_the_halves_of_one_model(folder):
     whole, halves = load(folder), []
     for rank in range(2):
@@ -86,6 +88,7 @@ def test_two_ranks_load_the_halves_of_one_model(folder):
     assert embeddings[:128].equal(whole.model.embed_tokens.weight[:128])
 
 
+@pytest.mark.usefixtures("plain_weights")
 def test_slices_are_read_from_the_file_and_nothing_else(folder, monkeypatch):
     sizes = []
     narrow = LazyTensor.narrow
@@ -100,11 +103,11 @@ def test_slices_are_read_from_the_file_and_nothing_else(folder, monkeypatch):
 def test_weights_are_counted_whether_packed_or_not(tmp_path, tied):
     folder = make_checkpoint(tmp_path, tokenizer=False, tie_word_embeddings=tied, vocab_size=128)
     elements = sum(tensor.numel() for tensor in load_file(folder / WEIGHTS_FILE).values())
-    assert weight_bytes(load(folder)) == 4 * elements
-    model = load(folder, dtype="bfloat16")
-    packed = model.lm_head.weight is None
-    # A packed head that is tied is a second copy: the embedding needs the plain one.
-    assert weight_bytes(model) == 2 * (elements + (128 * 64 if tied and packed else 0))
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        model = load(folder, dtype=dtype)
+        packed = model.lm_head.weight is None
+        # A packed head that is tied is a second copy: the embedding needs the plain one.
+        assert weight_bytes(model) == size * (elements + (128 * 64 if tied and packed else 0))
 
 
 # --- what does not fit ---------------------------------------------------------------------------------
@@ -323,6 +326,7 @@ def test_the_log_says_how_much_was_read_and_what_packing_took(sharded, caplog):
 # --- dummy weights, registry, layers ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("plain_weights")
 def test_dummy_weights_need_no_files_and_depend_on_the_seed_only(folder):
     (folder / WEIGHTS_FILE).unlink()
     first, again, other = (load(folder, load_format="dummy", seed=s).state_dict() for s in (3, 3, 4))

@@ -66,6 +66,7 @@ def test_control_another_activation_fails(oracle_of, row, act, least):
 
 
 @pytest.mark.parametrize("layer", ["project_in", "project_out"])
+@pytest.mark.usefixtures("plain_weights")
 def test_control_another_projection_of_embeddings_fails(oracle_of, layer):
     oracle = oracle_of("opt-350m")
     model = oracle.model()

@@ -235,6 +235,7 @@ def test_control_a_dropped_bias_fails(oracle, name, layer, part):
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2-tied"])
+@pytest.mark.usefixtures("plain_weights")
 def test_control_an_untied_head_fails(oracle, name):
     o = oracle(name)
     model = o.model()

@@ -28,6 +28,7 @@ def exchange(param: torch.Tensor, sizes: list[int], order: list[int]) -> None:
     param.data.copy_(torch.cat([parts[i] for i in order]))
 
 
+@pytest.mark.usefixtures("plain_weights")
 def test_control_fused_queries_keys_and_values_in_another_order_fail(oracle_of):
     oracle = oracle_of("phi3-window")
     model = oracle.model()
@@ -35,6 +36,7 @@ def test_control_fused_queries_keys_and_values_in_another_order_fail(oracle_of):
     assert oracle.error(model) > BROKEN
 
 
+@pytest.mark.usefixtures("plain_weights")
 def test_control_gate_and_up_exchanged_fail(oracle_of):
     oracle = oracle_of("phi3-window")
     model = oracle.model()
@@ -71,6 +73,7 @@ def test_fused_tensors_that_do_not_fit_are_named_as_the_file_names_them(copy, ed
         copy.model()
 
 
+@pytest.mark.usefixtures("plain_weights")
 def test_two_ranks_read_their_heads_out_of_the_fused_tensor_and_nothing_else(oracle_of, monkeypatch):
     oracle, halves, read = oracle_of("phi3-window"), [], []
     whole = oracle.model()

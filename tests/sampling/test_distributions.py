@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_vllm.sampling import truncation
+from mini_vllm.sampling import sampler, truncation
 from mini_vllm.sampling.metadata import SamplingMetadata, seed_key
 from mini_vllm.sampling.philox import uniform
 from mini_vllm.sampling.sampler import Sampler
@@ -197,6 +197,7 @@ def test_how_a_row_is_looked_at_does_not_depend_on_its_neighbours(monkeypatch: p
         return original(logits, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(truncation, "draw_by_sorting", counted)
+    monkeypatch.setattr(sampler, "has_native_draws", lambda logits: False)
     logits = torch.rand(2, 3000, generator=torch.Generator().manual_seed(0))
     logits[:, :120] += 12.0
     asked = [SamplingParams(top_p=0.9, seed=1), SamplingParams(top_k=230, seed=2)]

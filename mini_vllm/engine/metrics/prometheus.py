@@ -252,8 +252,9 @@ class PrometheusStatLogger:
 def cache_config_labels(settings: CacheConfig | EngineArgs, info: EngineInfo) -> dict[str, str]:
     """What was asked of the KV cache and what came of it, for `set_cache_config`."""
     labels = {field.name: str(getattr(settings, field.name)) for field in fields(CacheConfig)}
+    asked = labels.pop("kv_cache_dtype")
     return labels | {
-        "cache_dtype": info.dtype,
+        "cache_dtype": info.dtype if asked == "auto" else asked,
         "num_gpu_blocks": str(info.num_gpu_blocks),
         "kv_cache_size_tokens": str(info.max_request_tokens),
         "kv_cache_max_concurrency": str(info.max_request_tokens / info.max_model_len),
