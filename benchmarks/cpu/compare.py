@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -129,7 +130,19 @@ def compare_model(name: str, groups: list[list[Entrant]], args: argparse.Namespa
             group, chosen, setting, partial(probe, args.threads, working_set), outcome,
             rounds=args.rounds, seconds=budget.take(weight_of(name)),
         )  # fmt: skip
+        if outcome.interrupted:
+            break
     return record_of(shape, chosen, outcome)
+
+
+def compare_models(groups: list[list[Entrant]], args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """The record of each model; those not reached before an interrupt are left out."""
+    records: dict[str, Any] = {}
+    for name in args.model:
+        records[name] = compare_model(name, groups, args, budget)
+        if records[name]["interrupted"]:
+            break
+    return records
 
 
 def weight_of(name: str) -> float:
@@ -139,6 +152,8 @@ def weight_of(name: str) -> float:
 
 def record_of(shape: ModelShape, chosen: Sequence[Task], outcome: Outcome) -> dict[str, Any]:
     """Slices, floors and what they were computed from, as plain data."""
+    if not outcome.probes:
+        raise ValueError("nothing was measured before the interrupt")
     ceilings = ceilings_of(outcome.probes)
     floors = {
         f"{task.name}|{entrant}": floor(shape, task, entrant.split(" ", 1)[1], ceilings) | {"counted": task.counted}
@@ -166,7 +181,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "cpu",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": args.threads,
-        "models": {name: compare_model(name, groups, args, budget) for name in args.model},
+        "models": compare_models(groups, args, budget),
         "absent": absent,
         "seconds": round(time.monotonic() - begin, 1),
         "arguments": {
@@ -198,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mini_vllm.platforms import current_platform
 
         args.threads = current_platform.num_threads()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is kept
     try:
         check(args)
         report = compare(args)

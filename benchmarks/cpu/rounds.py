@@ -16,6 +16,8 @@ from mini_vllm.bench.noise import CpuMeter
 
 PAUSE_SECONDS = 0.25
 """Between slices: threads of the engine before may still spin."""
+SLOW_SLICE = 20.0
+"""Seconds above which a slice is said to be slow while the rest is still to come."""
 WARM_UP = -1
 """The round whose slices are thrown away."""
 WARM_UP_PROMPT, WARM_UP_OF_MANY = 1024, 16
@@ -33,6 +35,7 @@ class Outcome:
     slices: list[dict[str, Any]] = field(default_factory=list)
     probes: list[dict[str, float]] = field(default_factory=list)
     rounds: int = 0
+    interrupted: bool = False
 
 
 @dataclass
@@ -78,6 +81,9 @@ def run_group(
             if number + 1 < rounds and time.monotonic() + took > deadline:
                 say(f"{number + 1} of {rounds} rounds: more would take longer than was given (--minutes)")
                 break
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+        say("interrupted: what was measured so far is kept")
     finally:
         for worker in workers:
             worker.stop()
@@ -154,6 +160,8 @@ def run_slice(worker: Worker, task: Task, number: int) -> dict[str, Any]:
         found["cpus"] = round((worker.cpu_seconds() - before) / sum(found["seconds"]), 2)
     except (WorkerError, ValueError) as error:
         found["error"] = str(error)
+    if (took := sum(found.get("seconds", ()))) > SLOW_SLICE:
+        say(f"{found['entrant']}: {task.name} took {took:.0f} s")
     found["others_share"] = meter.stop().others_share
     time.sleep(PAUSE_SECONDS)
     return found

@@ -123,6 +123,19 @@ def test_no_round_begins_that_would_not_end_in_time_but_one_always_runs(setting:
     assert run([fake("bf16")], setting, [GENERATE], count=5, seconds=0).rounds == 1
 
 
+def test_an_interrupt_keeps_what_was_measured(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = rounds.run_round
+
+    def once(workers: list[Worker], tasks: list[Task], number: int, outcome: Outcome) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        plain(workers, tasks, number, outcome)
+
+    monkeypatch.setattr(rounds, "run_round", once)
+    outcome = run([fake("bf16")], setting, [GENERATE], count=3)
+    assert outcome.interrupted and outcome.rounds == 1 and len(outcome.slices) == 1
+
+
 def test_what_a_group_leaves_goes_to_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(rounds.time, "monotonic", lambda: now)
