@@ -86,7 +86,8 @@ def test_flags_become_engine_args() -> None:
         "--device cpu --num-threads 2 --attention-backend X --load-format dummy --generation-config vllm "
         "--disable-log-stats --tensor-parallel-size 1 --revision R --tokenizer-revision S --download-dir D "
         "--no-use-tqdm-on-load --quantization int4 --quantization-group-size 64 --no-quantization-symmetric "
-        "--quantization-activation-scales group --quantization-lm-head same --quantization-skip-layers o_proj,x.y"
+        "--quantization-activation-scales group --quantization-lm-head same --quantization-skip-layers o_proj,x.y "
+        "--enforce-eager --batch-invariant --async-scheduling --kv-cache-dtype int8_per_token_head"
     ).split()
     args = engine_args_from(build_parser().parse_args(argv))
     expected = {
@@ -100,7 +101,8 @@ def test_flags_become_engine_args() -> None:
         "preemption_policy": "latest", "tenant_weights": {}, "step_trace_capacity": 256, "step_trace_detailed": False,
         "quantization": "int4", "quantization_group_size": 64, "quantization_symmetric": False,
         "quantization_activation_scales": "group", "quantization_lm_head": "same",
-        "quantization_skip_layers": ("o_proj", "x.y"),
+        "quantization_skip_layers": ("o_proj", "x.y"), "enforce_eager": True, "batch_invariant": True,
+        "async_scheduling": True, "kv_cache_dtype": "int8_per_token_head",
     }  # fmt: skip
     assert vars(args) == expected
 
