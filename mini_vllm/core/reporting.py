@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from mini_vllm.core.request_queue import RequestQueue
 from mini_vllm.core.scheduler_output import EngineCoreOutput
 from mini_vllm.request import Request, WaitingReason
 
@@ -29,6 +30,15 @@ def times_of(request: Request) -> tuple[float, float | None]:
     """When it was queued and first admitted."""
     assert request.queued_time is not None, f"{request.request_id} was never queued"
     return request.queued_time, request.scheduled_time
+
+
+def note_head(waiting: RequestQueue, reason: WaitingReason, detail: str = "") -> None:
+    """Remember why the head of the queue waits; those behind it wait for it."""
+    if not waiting:
+        return
+    head = waiting.peek()
+    if head.waiting_reason is not reason or head.waiting_detail != detail:
+        head.waiting_reason, head.waiting_detail = reason, detail
 
 
 def waiting_reasons(waiting: Iterable[Request]) -> dict[str, str]:

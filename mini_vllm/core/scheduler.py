@@ -18,7 +18,7 @@ from mini_vllm.core.interfaces import AdmissionRule
 from mini_vllm.core.kv_cache_manager import KVCacheManager
 from mini_vllm.core.planning import new_request_data, unschedule
 from mini_vllm.core.policy import make_queue, make_victim_picker
-from mini_vllm.core.reporting import DEFERRED, news_of, times_of, waiting_reasons
+from mini_vllm.core.reporting import DEFERRED, news_of, note_head, times_of, waiting_reasons
 from mini_vllm.core.scheduler_output import (
     BlockCopy,
     BlockIds,
@@ -145,7 +145,7 @@ class Scheduler:
         if self.waiting.counts_tokens:
             self._charge_running(plan)
         if plan.preempted_req_ids:
-            self._head_waits(WaitingReason.PREEMPTION)
+            note_head(self.waiting, WaitingReason.PREEMPTION)
         else:
             budget = self._schedule_waiting(plan, budget)
         plan.total_num_scheduled_tokens = self.config.max_num_batched_tokens - budget
@@ -192,10 +192,10 @@ class Scheduler:
         """Second pass: admit from the head of the queue until something runs out. Returns the budget left."""
         while self.waiting:
             if len(self.running) >= self.config.max_num_seqs:
-                self._head_waits(WaitingReason.MAX_NUM_SEQS)
+                note_head(self.waiting, WaitingReason.MAX_NUM_SEQS)
                 break
             if budget == 0:
-                self._head_waits(WaitingReason.TOKEN_BUDGET)
+                note_head(self.waiting, WaitingReason.TOKEN_BUDGET)
                 break
             request = self.waiting.peek()
             if not self.kv.can_ever_fit(request.num_tokens):
@@ -204,12 +204,12 @@ class Scheduler:
             blocks, num_cached = self.kv.get_computed_blocks(request)
             num_new, why = self._clamp(request, num_cached, budget)
             if num_new == 0:
-                self._head_waits(WaitingReason.RULE, why)
+                note_head(self.waiting, WaitingReason.RULE, why)
                 break
             request.num_computed_tokens = num_cached
             if self.kv.allocate_slots(request, num_new, blocks) is None:
                 request.num_computed_tokens = 0
-                self._head_waits(WaitingReason.KV_CACHE_FULL)
+                note_head(self.waiting, WaitingReason.KV_CACHE_FULL)
                 break
             self._admit(self.waiting.pop(), num_new, plan)
             budget -= num_new
@@ -464,15 +464,6 @@ class Scheduler:
             self.waiting.requeue(child)
 
     # -- looking in --------------------------------------------------------------------------------------
-
-    def _head_waits(self, reason: WaitingReason, detail: str = "") -> None:
-        """Remember why the head of the queue waits; those behind it wait for it."""
-        if not self.waiting:
-            return
-        head = self.waiting.peek()
-        if head.waiting_reason is not reason or head.waiting_detail != detail:
-            head.waiting_reason = reason
-            head.waiting_detail = detail
 
     def waiting_reasons(self) -> dict[str, str]:
         """Why each waiting request waits, in queue order. Worked out when asked, not every step."""

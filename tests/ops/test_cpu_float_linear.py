@@ -77,8 +77,8 @@ def test_memory_around_is_neither_read_nor_written(dtype: torch.dtype, rows: int
     surrounded[1:-1, 20:119] = x
     output = torch.full((rows + 2, 60), 7.0, dtype=dtype)
     inner, code = surrounded[1:-1, 20:119], library.DTYPE_CODES[dtype]
-    linear._kernels().linear(
-        ctypes.byref(packed._struct), inner.data_ptr(), 140, code, output[1:-1, 5:].data_ptr(), 60, code, rows
+    linear._LINEAR(
+        rows, ctypes.addressof(packed._struct), inner.data_ptr(), output[1:-1, 5:].data_ptr(), 140, 60, code, code
     )
     assert torch.equal(output[1:-1, 5:50], packed(x))
     output[1:-1, 5:50] = 7.0
