@@ -122,9 +122,9 @@ class TorchCall:
 class Recording(TorchFunctionMode):
     """What is noted down while a forward of `num_tokens` tokens runs; `inputs` are the tensors that it is handed."""
 
-    def __init__(self, num_tokens: int, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, num_tokens: int, inputs: Sequence[torch.Tensor], few_breaks: int = FEW_BREAKS) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        self.num_tokens, self.few_breaks = num_tokens, few_breaks
         self.arena = Arena()
         self._inputs = [(x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize) for x in inputs]
         self._native: list[tuple[Kernel, ctypes.Structure, int]] = []
@@ -181,7 +181,7 @@ class Recording(TorchFunctionMode):
 
     def _count_break(self) -> None:
         self.num_breaks += 1
-        if self.num_breaks > max(FEW_BREAKS, self.num_kernels / MIN_KERNELS_PER_BREAK):
+        if self.num_breaks > max(self.few_breaks, self.num_kernels / MIN_KERNELS_PER_BREAK):
             raise TooManyBreaks
 
     def first_rows(self, leaf: Any, num_tokens: int) -> Any:
@@ -229,9 +229,10 @@ def _tensors(found: Any) -> list[torch.Tensor]:
 
 
 @contextmanager
-def record(num_tokens: int, inputs: Sequence[torch.Tensor]) -> Iterator[Recording]:
-    """Note down what runs inside. inputs: tensors that keep their addresses, of `num_tokens` rows."""
-    recording = Recording(num_tokens, inputs)
+def record(num_tokens: int, inputs: Sequence[torch.Tensor], few_breaks: int = FEW_BREAKS) -> Iterator[Recording]:
+    """Note down what runs inside. inputs: tensors that keep their addresses, of `num_tokens` rows. few_breaks: so many
+    operators of torch are allowed, however few kernels there are."""
+    recording = Recording(num_tokens, inputs, few_breaks)
     token = recorder.set(recording)
     try:
         with recording:
