@@ -32,7 +32,7 @@ class BuildWithKernels(build_py):
         super().run()
         build = load_build_module()
         folder = KERNELS / "lib" if self.editable_mode else Path(self.build_lib) / "mini_vllm" / "ops" / "cpu" / "lib"
-        for isa in build.levels_of_machine():
+        for isa in [build.level_of_machine()] if self.editable_mode else build.levels_of_machine():
             try:
                 build.build_library(isa, folder)
             except (build.BuildError, OSError) as error:

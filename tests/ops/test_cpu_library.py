@@ -35,6 +35,21 @@ def test_a_level_can_be_forced_or_refused_with_the_reason():
         library.choose_isa("avx512_bf16", AVX512_BF16 - {"avx512_bf16"})
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "level"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx2 fma f16c\n\nprocessor : 1\nflags : fpu\n", "avx2"),
+        ("flags : " + " ".join(AVX512_BF16), "avx512_bf16"),
+        ("flags : " + " ".join(AVX512_BF16 - {"avx512_vnni"}), "avx512"),
+        ("Features : asimd bf16\n", "portable"),
+    ],
+)
+def test_an_editable_install_compiles_for_this_machine(tmp_path, cpuinfo, level):
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert build.level_of_machine(tmp_path / "cpuinfo") == level
+    assert build.level_of_machine(tmp_path / "none") == "portable"
+
+
 def test_a_library_is_named_after_its_sources_and_flags(tmp_path, monkeypatch):
     (tmp_path / "a.cpp").write_text("int a;")
     monkeypatch.setattr(build, "SOURCE_DIR", tmp_path)

@@ -57,6 +57,13 @@ def compiler_flags(isa: str) -> list[str]:
     return [*COMMON_FLAGS, *ISA_FLAGS[isa], *os.environ.get(FLAGS_VARIABLE, "").split()]
 
 
+def level_of_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The best level that this machine runs, as far as the file says."""
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    flags = frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    return next(isa for isa, needed in REQUIRED_CPU_FLAGS.items() if needed <= flags)
+
+
 def library_name(isa: str) -> str:
     """The file name that a library of today's sources has."""
     digest = hashlib.sha256(" ".join((*compiler_flags(isa), platform.machine())).encode())
