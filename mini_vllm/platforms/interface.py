@@ -89,7 +89,9 @@ class Platform(ABC):
         """CPU threads to compute with: the cores this process may run on, or `OMP_NUM_THREADS` if that is fewer."""
         asked = os.environ.get("OMP_NUM_THREADS", "")
         if asked.isdecimal() and int(asked) > 0:
-            return min(int(asked), usable_cores())
+            if int(asked) > (cores := usable_cores()):
+                logger.warning("OMP_NUM_THREADS: %s is more than the %d cores this process may use", asked, cores)
+            return min(int(asked), cores)
         return usable_cores()
 
     def set_num_threads(self, num_threads: int | None = None) -> int:
