@@ -32,6 +32,7 @@ from benchmarks.cpu.report import CLASSES, class_of, text_of  # noqa: E402
 from benchmarks.cpu.rounds import Budget, Outcome, run_group, say  # noqa: E402
 from benchmarks.cpu.shapes import SHAPES, default_cache, make_checkpoint, model_shape  # noqa: E402
 from benchmarks.cpu.tasks import Task  # noqa: E402
+from benchmarks.cpu.worker_protocol import VARIANTS, split_width  # noqa: E402
 from benchmarks.cpu.workers import OURS, Entrant, Setting, find_peers  # noqa: E402
 from mini_vllm.bench.cost import ModelShape  # noqa: E402
 
@@ -52,7 +53,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, nargs="+", default=["tiny-15m", "qwen2.5-0.5b"])
     parser.add_argument("--classes", choices=CLASSES, nargs="+", default=list(CLASSES), help="of widths")
-    parser.add_argument("--widths", nargs="+", default=list(OUR_WIDTHS), help="of ours (bf16-eager: no captured step)")
+    parser.add_argument(
+        "--widths",
+        nargs="+",
+        default=list(OUR_WIDTHS),
+        help="of ours (bf16-eager: no captured step; bf16-avx2: kernels of a lesser processor)",
+    )
     parser.add_argument("--peers", nargs="+", default=["auto"], metavar="auto|none|NAME=PYTHON")
     parser.add_argument("--peer-widths", nargs="+", metavar="NAME:WIDTH", help="only these")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all of it")
@@ -103,9 +109,9 @@ def choose_entrants(args: argparse.Namespace, pythons: dict[str, str]) -> list[l
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for widths that nobody has and for names of peers that are none."""
-    known = {width for widths in CLASSES.values() for width in widths} - {"q8_0", "q4_0"}
-    if unknown := sorted(set(args.widths) - known):
-        raise ValueError(f"--widths: {', '.join(unknown)} is unknown; there are {', '.join(sorted(known))}")
+    if unknown := sorted(width for width in args.widths if split_width(width)[0] not in OUR_WIDTHS):
+        there = f"{', '.join(OUR_WIDTHS)}, alone or with {', '.join(f'-{variant}' for variant in VARIANTS)}"
+        raise ValueError(f"--widths: {', '.join(unknown)} is unknown; there are {there}")
     there = {f"{engine}:{width}" for engine, widths in PEER_WIDTHS.items() for width in widths}
     if unknown := sorted(set(args.peer_widths or ()) - there):
         raise ValueError(f"--peer-widths: {', '.join(unknown)} is unknown; there are {', '.join(sorted(there))}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.cpu.tasks import Task
+from benchmarks.cpu.worker_protocol import split_width
 from mini_vllm.bench.cost import ModelShape, StepCost, step_cost
 
 BODY_BYTES = {"bf16": 2.0, "f32": 4.0, "int8": 1.0, "int8-weights": 1.0, "q8_0": 34 / 32, "int4": 4.5 / 8,
@@ -19,13 +20,9 @@ HEAD_BYTES = BODY_BYTES | {"int4": 1.0, "q4_0": 34 / 32}
 CACHE_STEP = 2**20
 
 
-def plain_width(width: str) -> str:
-    return width.removesuffix("-eager")
-
-
 def weight_bytes(shape: ModelShape, width: str) -> float:
     """Bytes of weights that a step with logits reads."""
-    width = plain_width(width)
+    width, _ = split_width(width)
     other = shape.other_parameters * min(BODY_BYTES[width], 2.0)
     return shape.matmul_parameters * BODY_BYTES[width] + shape.embedding_parameters * HEAD_BYTES[width] + other
 
@@ -67,9 +64,9 @@ def floor(shape: ModelShape, task: Task, width: str, ceilings: Mapping[str, floa
 def peak_of(width: str, ceilings: Mapping[str, float]) -> float:
     """GFLOP/s: of float32 for float32 weights; else also of bfloat16, and of 8-bit integers where weights are."""
     kinds = ["float32"]
-    if plain_width(width) != "f32":
+    if split_width(width)[0] != "f32":
         kinds.append("bfloat16")
-    if plain_width(width) not in ("f32", "bf16"):
+    if split_width(width)[0] not in ("f32", "bf16"):
         kinds.append("int8")
     return max(ceilings[f"{kind}_gflop_s"] for kind in kinds)
 

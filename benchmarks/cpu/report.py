@@ -4,12 +4,14 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.cpu.worker_protocol import split_width
+
 OURS = "mini_vllm"
 CLASSES = {
-    "16 bits": ("bf16", "bf16-eager"),
-    "32 bits": ("f32", "f32-eager"),
-    "8 bits": ("int8", "int8-weights", "q8_0", "int8-eager", "int8-weights-eager"),
-    "4 bits": ("int4", "int4-head", "q4_0", "int4-eager", "int4-head-eager"),
+    "16 bits": ("bf16",),
+    "32 bits": ("f32",),
+    "8 bits": ("int8", "int8-weights", "q8_0"),
+    "4 bits": ("int4", "int4-head", "q4_0"),
 }
 """Widths that are compared with each other. The head has 8 bits in int4 and q4_0, 4 in int4-head."""
 
@@ -22,7 +24,11 @@ def width_of(entrant: str) -> str:
 
 
 def class_of(width: str) -> str:
-    return next(name for name, widths in CLASSES.items() if width in widths)
+    """Raises ValueError for a width that nobody has."""
+    for name, widths in CLASSES.items():
+        if split_width(width)[0] in widths:
+            return name
+    raise ValueError(f"{width} is no width")
 
 
 def is_ours(entrant: str) -> bool:

@@ -1,12 +1,16 @@
 """mini_vllm through `LLM.generate`. Widths: bf16, f32, int8, int8-weights (activations as they are), int4 (8-bit head),
-int4-head (4-bit head too); `-eager` behind one turns the captured step off."""
+int4-head (4-bit head too). Behind one, `-eager` turns the captured step off, `-avx2` and `-portable` take the kernels of a
+lesser processor."""
 
 import os
 
-from worker_protocol import Generate, arguments, serve
+from worker_protocol import Generate, arguments, serve, split_width
 
 args = arguments(__doc__ or "")
+WIDTH, VARIANT = split_width(args.width)
 os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+if VARIANT not in ("", "eager"):
+    os.environ["MINI_VLLM_CPU_ISA"] = VARIANT
 QUANTIZED = {
     "int8": {"quantization": "int8"},
     "int8-weights": {"quantization": "int8_per_channel_weight_only"},
@@ -19,13 +23,12 @@ def start() -> tuple[Generate, str, dict[str, object]]:
     from mini_vllm import LLM, SamplingParams, __version__
     from mini_vllm.ops.cpu import library
 
-    width = args.width.removesuffix("-eager")
-    options = dict(QUANTIZED.get(width, {}))
-    if args.width.endswith("-eager"):
+    options = dict(QUANTIZED.get(WIDTH, {}))
+    if VARIANT == "eager":
         options["enforce_eager"] = True
     llm = LLM(
         args.model,
-        dtype="float32" if width == "f32" else "bfloat16",
+        dtype="float32" if WIDTH == "f32" else "bfloat16",
         max_model_len=args.max_len,
         max_num_seqs=args.max_seqs,
         max_num_batched_tokens=args.step_tokens,

@@ -17,6 +17,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+VARIANTS = ("eager", "avx2", "portable")
+"""What may stand behind a width of mini_vllm: no captured step, or the kernels of a lesser processor."""
+
 Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 """Completes prompts and returns the tokens that it made, at least as many as asked."""
 
@@ -33,6 +36,12 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--kv-tokens", type=int, required=True, help="tokens of all sequences at once")
     parser.add_argument("--cache", required=True, help="folder for converted models")
     return parser.parse_args()
+
+
+def split_width(width: str) -> tuple[str, str]:
+    """('int8-weights', 'avx2') of 'int8-weights-avx2': what the weights are, and the variant or ''."""
+    stem, _, variant = width.rpartition("-")
+    return (stem, variant) if variant in VARIANTS else (width, "")
 
 
 def serve(start: Callable[[], tuple[Generate, str, dict[str, Any]]]) -> None:

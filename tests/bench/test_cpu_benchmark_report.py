@@ -11,6 +11,7 @@ from benchmarks.cpu.costs import floor, peak_of, steps_of, task_cost, weight_byt
 from benchmarks.cpu.rounds import Outcome
 from benchmarks.cpu.shapes import SHAPES, make_checkpoint, model_shape
 from benchmarks.cpu.tasks import Task, decoding, prefill, sweeps
+from benchmarks.cpu.worker_protocol import split_width
 
 CEILINGS = {"memory_gb_s": 10.0, "read_gb_s": 10.0, "float32_gflop_s": 100.0, "bfloat16_gflop_s": 50.0,
             "int8_gflop_s": 200.0}  # fmt: skip
@@ -61,7 +62,17 @@ def test_a_4_bit_head_is_read_in_half_the_bytes_of_an_8_bit_one() -> None:
     shape = model_shape("tiny-15m")
     saved = weight_bytes(shape, "int4") - weight_bytes(shape, "int4-head")
     assert saved == pytest.approx(shape.embedding_parameters * (1 - 4.5 / 8))
-    assert weight_bytes(shape, "int4-eager") == weight_bytes(shape, "int4")
+
+
+@pytest.mark.parametrize(
+    ("width", "plain"),
+    [("bf16", ("bf16", "")), ("int8-weights-avx2", ("int8-weights", "avx2")), ("int4-head", ("int4-head", ""))],
+)
+def test_a_variant_has_the_weights_and_the_class_of_its_width(width: str, plain: tuple[str, str]) -> None:
+    assert split_width(width) == plain
+    shape = model_shape("tiny-15m")
+    assert weight_bytes(shape, width) == weight_bytes(shape, plain[0])
+    assert report.class_of(width) == report.class_of(plain[0])
 
 
 def test_every_token_of_a_list_is_in_exactly_one_step() -> None:
