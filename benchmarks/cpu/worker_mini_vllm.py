@@ -1,6 +1,6 @@
 """mini_vllm through `LLM.generate`. Widths: bf16, f32, int8, int8-weights (activations as they are), int4 (8-bit head),
-int4-head (4-bit head too). Behind one, `-eager` turns the captured step off, and `-avx2` and `-portable` take the kernels
-of a lesser processor."""
+int4-head (4-bit head too). Behind one, `-eager` turns the captured step off, `-avx2` and `-portable` take the kernels
+of lesser processors."""
 
 import os
 
