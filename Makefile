@@ -1,10 +1,11 @@
 # Everything a new clone needs is python3 (3.11 to 3.13), make and a C compiler; all is installed into .venv.
-# `make demo` and `make test` do the set-up by themselves. Options: PYTHON=..., PYTEST_ARGS="...".
+# `make demo` and `make test` do the set-up by themselves. Options: PYTHON=..., PYTEST_ARGS="...", SPREAD= (tests in one process).
 
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := mini_vllm tests benchmarks scripts training $(wildcard examples)
 PYTEST_ARGS ?=
+SPREAD ?= -n auto --maxprocesses 8 --dist worksteal
 MODEL ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?=
@@ -41,7 +42,7 @@ format: env-dev  ## Format and apply the safe fixes of ruff
 	@$(BIN)/ruff check --fix $(SOURCES); $(BIN)/ruff format $(SOURCES)
 
 unit: env-dev
-	@echo "==> pytest"; $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	@echo "==> pytest"; $(BIN)/python -m pytest -m "not slow and not gpu" $(SPREAD) $(PYTEST_ARGS)
 
 test-slow: env-dev  ## The long tests: many random runs, large shapes
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -13,7 +13,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
         "messages": [{"role": "user", "content": "hello"}], "max_completion_tokens": 200, "ignore_eos": True,
     },
-    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 200, "temperature": 0},
 }  # fmt: skip
 
 
