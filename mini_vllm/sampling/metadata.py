@@ -78,3 +78,14 @@ def seed_key(seed: int, sample_index: int = 0) -> int:
 
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
+
+
+NOTHING_BUT_GREEDY = SamplingMetadata(
+    temperature=np.zeros(0, dtype=np.float32),
+    top_k=np.zeros(0, dtype=np.int64),
+    top_p=np.zeros(0),
+    min_p=np.zeros(0),
+    uniforms=uniforms_of(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)),
+    all_greedy=True,
+)
+"""For any number of rows of which none asks for anything: no column is read then."""

@@ -25,6 +25,9 @@ class ProcessorRows:
         self._news: dict[int, AddedRequest] = {}
         self._next_number = 0
 
+    def __bool__(self) -> bool:
+        return bool(self._all or self._callables)
+
     @property
     def changes_argmax(self) -> bool:
         return bool(self._changing or self._callables)

@@ -21,13 +21,14 @@ from mini_vllm.worker.kv_cache import gib
 logger = init_logger(__name__)
 
 
-@dataclass(frozen=True)
 class Program:
     """A recording of up to `max_rows` rows, and where its result lies."""
 
-    recording: Recording
-    pieces: Sequence[Callable[[int], None]]
-    result: torch.Tensor
+    def __init__(self, recording: Recording, result: torch.Tensor) -> None:
+        self.recording, self.result = recording, result
+        self.address = result.data_ptr()
+        self.pieces: Sequence[Callable[[int], None]] = ()
+        self._view = result  # decode steps ask for as many rows again and again
 
     @property
     def max_rows(self) -> int:
@@ -39,7 +40,13 @@ class Program:
             return None
         for piece in self.pieces:
             piece(rows)
-        return self.result[:rows]
+        if len(self._view) != rows:
+            self._view = self.result[:rows]
+        return self._view
+
+    def finish(self) -> None:
+        """The recording is complete."""
+        self.pieces = self.recording.finish()
 
     def describe(self) -> str:
         """For the log."""
@@ -69,7 +76,7 @@ class CapturedStep:
 
     def logits(self, hidden: torch.Tensor, num_rows: int) -> torch.Tensor | None:
         """Logits `[num_rows, vocab]` of rows of `hidden`, or None, also when that is not what `forward` gave."""
-        if self._logits is None or self._forward is None or hidden.data_ptr() != self._forward.result.data_ptr():
+        if self._logits is None or self._forward is None or hidden.data_ptr() != self._forward.address:
             return None
         return self._logits.run(num_rows)
 
@@ -90,13 +97,13 @@ def capture(
         inputs = [buffers.input_ids[:tokens], buffers.positions[:tokens]]
         context = ForwardContext(dict(record_metadata(tokens)), kv_caches)
         with record(tokens, inputs) as recording, set_forward_context(context):
-            return Program(recording, [], model(*inputs))
+            return Program(recording, model(*inputs))
 
     def logits(rows: int) -> Program:
         assert body is not None
         indices = buffers.logits_indices[:rows]
         with record(rows, [indices], few_breaks=0) as recording:  # few rows have a kernel that torch's would shut out
-            return Program(recording, [], model.compute_logits(lookup(indices, body.result)))  # type: ignore[operator]
+            return Program(recording, model.compute_logits(lookup(indices, body.result)))  # type: ignore[operator]
 
     body = _first_that_pays("forward", forward, len(buffers.input_ids))
     if body is None:
@@ -108,7 +115,8 @@ def _first_that_pays(what: str, make: Callable[[int], Program], max_rows: int) -
     """A program for as many rows as it can be, or for the few rows that have kernels of their own."""
     for rows in dict.fromkeys((max_rows, min(max_rows, PackedBF16Linear.MAX_ROWS))):
         try:
-            program = _finished(make(rows))
+            program = make(rows)
+            program.finish()
         except CannotRecord as reason:
             logger.info("Captured step: no %s, since %s", what, reason)
             return None
@@ -118,7 +126,3 @@ def _first_that_pays(what: str, make: Callable[[int], Program], max_rows: int) -
         return program
     logger.info("Captured step: no %s, since torch's operators would run between its kernels", what)
     return None
-
-
-def _finished(program: Program) -> Program:
-    return Program(program.recording, program.recording.finish(), program.result)

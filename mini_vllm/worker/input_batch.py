@@ -92,6 +92,8 @@ class InputBatch:
         self._row_numbers = np.arange(max_num_seqs)
         self.num_random = 0
         """Rows that are not greedy."""
+        self.num_changes = 0
+        """How often a row came or went: as long as it is the same, every row belongs to the same request."""
         self._looked_up: tuple[list[str], npt.NDArray[np.int64]] | None = None
 
     @property
@@ -126,6 +128,7 @@ class InputBatch:
         self.req_ids.append(new.req_id)
         self.row_of[new.req_id] = row
         self.num_random += not params.is_greedy
+        self.num_changes += 1
         self._looked_up = None
         self.append_blocks(row, new.block_ids)
         return row
@@ -134,6 +137,7 @@ class InputBatch:
         """Drop a request. The last row takes its place; that move, if there was one to make."""
         row, last = self.row_of.pop(req_id), self.num_rows - 1
         self.num_random -= bool(self.temperature[row])
+        self.num_changes += 1
         self._looked_up = None
         moved_id = self.req_ids.pop()
         if row == last:

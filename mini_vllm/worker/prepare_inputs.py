@@ -50,6 +50,20 @@ class StepInputs:
         return len(self.logits_indices)
 
 
+@dataclass(slots=True)
+class Decoding:
+    """A step in which every row of the batch sampled from its only token, kept since the next is mostly the same.
+
+    changes: the batch's `num_changes` then. table_starts: for each KV cache group, where each row's blocks begin in the
+    flat table. Only positions, tokens, lengths and slots differ in the next step, and these lie in the buffers.
+    """
+
+    inputs: StepInputs
+    changes: int
+    token_starts: Int64
+    table_starts: list[Int64]
+
+
 def last_token_indices(query_start_loc: Int64, num_logits: Int64) -> Int64:
     """Flat indices of the last `num_logits[r]` tokens of each request r; its tokens end at `query_start_loc[r + 1]`."""
     ends = np.cumsum(num_logits)
@@ -73,9 +87,19 @@ class InputPreparer:
         self._num_scheduled = np.zeros(seqs, dtype=np.int64)
         self._counting = np.arange(max(tokens, seqs) + 1)
         self._ones = np.ones(seqs, dtype=np.int64)
+        self._decoding: Decoding | None = None
 
     def prepare(self, plan: SchedulerOutput) -> StepInputs:
         """The batch of a plan whose requests all have rows. Raises KeyError for one that has none."""
+        if self._decoding is not None and self._goes_on(self._decoding, plan):
+            return self._decoding.inputs
+        inputs = self._prepare(plan)
+        if inputs.samples_all and isinstance(inputs.rows, slice):
+            self._decoding = self._keep(inputs)
+        return inputs
+
+    def _prepare(self, plan: SchedulerOutput) -> StepInputs:
+        self._decoding = None  # its buffers are written
         batch, num_reqs, num_tokens = self.batch, len(plan.num_scheduled_tokens), plan.total_num_scheduled_tokens
         rows, req_ids = self._rows(plan)
         computed = batch.num_computed_tokens[rows]
@@ -103,6 +127,53 @@ class InputPreparer:
             samples_all=num_samples == num_tokens,
             sampling_rows=rows if num_samples == num_reqs else self._row_numbers(rows, num_reqs)[num_logits > 0],
         )
+
+    # -- the same once more ----------------------------------------------------------------------------------
+
+    def _keep(self, inputs: StepInputs) -> Decoding:
+        numbers = self._counting[: len(inputs.req_ids)]
+        return Decoding(
+            inputs,
+            self.batch.num_changes,
+            numbers * self.batch.max_model_len,
+            [numbers * table.max_blocks for table in self.batch.block_tables],
+        )
+
+    def _goes_on(self, decoding: Decoding, plan: SchedulerOutput) -> bool:
+        """Whether the plan is one more step of the same rows, one token each; then its inputs are made of the last.
+
+        False also where the longest request needs a wider block table than there was.
+        """
+        batch, count = self.batch, len(decoding.inputs.req_ids)
+        same_rows = len(plan.num_scheduled_tokens) == count == plan.total_num_scheduled_tokens
+        if not same_rows or batch.num_changes != decoding.changes:
+            return False
+        computed = batch.num_computed_tokens[:count]
+        seq_lens = computed + 1
+        longest = int(seq_lens.max())
+        for common, table in zip(decoding.inputs.attention, batch.block_tables, strict=True):
+            if longest > common.block_table_cpu.shape[1] * table.block_size:
+                return False
+        if (seq_lens < batch.num_tokens[:count]).any():
+            return False  # a prompt, of which one token is computed
+        self._write_decoding(decoding, computed, seq_lens, longest)
+        return True
+
+    def _write_decoding(self, decoding: Decoding, computed: Int64, seq_lens: Int64, longest: int) -> None:
+        count = len(computed)
+        self.positions.np[:count] = computed
+        self.input_ids.np[:count] = self._flat_token_ids[decoding.token_starts + computed]
+        self.seq_lens.np[:count] = seq_lens
+        for buffer in (self.positions, self.input_ids, self.seq_lens):
+            buffer.upload(count)
+        groups = zip(
+            decoding.inputs.attention, self.batch.block_tables, self.slot_mappings, decoding.table_starts, strict=True
+        )
+        for common, table, slots, starts in groups:
+            common.max_seq_len = longest
+            self._write_slots(table, starts, computed, slots)
+            slots.upload(count)
+            table.buffer.upload(count)
 
     # -- which rows, which tokens ----------------------------------------------------------------------------
 
@@ -156,7 +227,7 @@ class InputPreparer:
         max_seq_len = int(seq_lens.max())
         metadata = []
         for table, slots in zip(self.batch.block_tables, self.slot_mappings, strict=True):
-            self._write_slots(table, token_rows, positions, slots)
+            self._write_slots(table, token_rows * table.max_blocks, positions, slots)
             block_table, block_table_cpu = self._step_block_table(table, rows, num_reqs, max_seq_len)
             metadata.append(
                 CommonAttentionMetadata(
@@ -176,10 +247,10 @@ class InputPreparer:
         return metadata
 
     @staticmethod
-    def _write_slots(table: BlockTable, token_rows: Int64, positions: Int64, slots: HostBuffer) -> None:
-        """slot = physical block * block_size + offset in the block."""
+    def _write_slots(table: BlockTable, starts: Int64, positions: Int64, slots: HostBuffer) -> None:
+        """slot = physical block * block_size + offset in the block. starts: where the blocks of a token's row begin."""
         block_index, offset = np.divmod(positions, table.block_size)
-        block_index += token_rows * table.max_blocks
+        block_index += starts
         slots.np[: len(positions)] = table.flat[block_index] * np.int64(table.block_size) + offset
 
     @staticmethod

@@ -16,7 +16,7 @@ from mini_vllm.sampling.draws import uniforms_of
 from mini_vllm.sampling.history import History, StepRows
 from mini_vllm.sampling.logits_processor import LogitsProcessor
 from mini_vllm.sampling.logprobs import token_logprobs
-from mini_vllm.sampling.metadata import SamplingMetadata, Uniforms, seed_key
+from mini_vllm.sampling.metadata import NOTHING_BUT_GREEDY, SamplingMetadata, Uniforms, seed_key
 from mini_vllm.sampling.sampler import NO_TOKEN, Sampler
 from mini_vllm.sampling.state import SamplingState
 from mini_vllm.sampling_params import SamplingParams
@@ -109,6 +109,8 @@ class SamplingStage:
         self, inputs: StepInputs, logits: torch.Tensor, sampler: Sampler, forks: Mapping[str, Sequence[str]]
     ) -> ModelRunnerOutput:
         """One token for every row that samples and for every child that parts from one. Logits may be changed."""
+        if self._is_plain and not forks:
+            return self._sample_plainly(inputs, logits, sampler)
         draws = self._draws(inputs, forks)
         step = StepRows(draws.rows, self.batch.num_rows)
         metadata = self._metadata(inputs, draws, step)
@@ -122,6 +124,21 @@ class SamplingStage:
         if len(wanting):
             self._add_logprobs(output, draws, wanting, raw, at, token_ids)
         return output
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all rows are greedy and none asks for anything beside its token."""
+        return self.state.is_idle and not (self.batch.num_random or self._want_logprobs or self._refused)
+
+    def _sample_plainly(self, inputs: StepInputs, logits: torch.Tensor, sampler: Sampler) -> ModelRunnerOutput:
+        """What `sample` comes to then, which is what most steps are."""
+        token_ids = sampler(logits, NOTHING_BUT_GREEDY).cpu().numpy()
+        sampled = token_ids.tolist()
+        if min(sampled) == NO_TOKEN:
+            self.state.errors = {}
+            return self._output(inputs, self._draws(inputs, {}), token_ids)
+        self.batch.append_sampled(inputs.sampling_rows, token_ids)
+        return ModelRunnerOutput(list(inputs.req_ids), _ragged(inputs, sampled))
 
     def _draws(self, inputs: StepInputs, forks: Mapping[str, Sequence[str]]) -> Draws:
         rows = inputs.sampling_rows
@@ -170,7 +187,7 @@ class SamplingStage:
             self._append(draws.rows[succeeded], own[succeeded])
         else:
             self._append(inputs.sampling_rows, own)
-        output = ModelRunnerOutput(list(inputs.req_ids), _ragged(inputs, own), errors=errors)
+        output = ModelRunnerOutput(list(inputs.req_ids), _ragged(inputs, own.tolist()), errors=errors)
         for child, token_id in zip(draws.req_ids[len(own) :], token_ids[len(own) :].tolist(), strict=True):
             output.req_ids.append(child)
             output.sampled_token_ids.append([token_id])
@@ -275,9 +292,9 @@ def _no_token(params: SamplingParams) -> str:
     return f"{NO_TOKEN_MESSAGE}, or {', '.join(restricting)} of the request leave none"
 
 
-def _ragged(inputs: StepInputs, token_ids: Int64) -> list[list[int]]:
+def _ragged(inputs: StepInputs, token_ids: list[int]) -> list[list[int]]:
     """One list a request of the step: its token, or nothing if it did not sample."""
-    sampled = [[token_id] for token_id in token_ids.tolist()]
+    sampled = [[token_id] for token_id in token_ids]
     if len(sampled) == len(inputs.req_ids):
         return sampled
     answers = iter(sampled)

@@ -129,6 +129,65 @@ def test_a_step_reuses_the_buffers_of_the_one_before() -> None:
     assert first.attention[0].block_table.data_ptr() == batch.block_tables[0].buffer.host.data_ptr()
 
 
+def grow(batch: InputBatch, next_block: int) -> int:
+    """One sampled token more for every row, computed up to it, in new blocks where it needs them."""
+    for row in range(batch.num_rows):
+        batch.append_tokens(row, [int(1000 * row + batch.num_tokens[row])])
+        batch.num_computed_tokens[row] = batch.num_tokens[row] - 1
+        for table in batch.block_tables:
+            if -(-int(batch.num_tokens[row]) // table.block_size) > table.num_blocks[row]:
+                table.append(row, [next_block])
+                next_block += 1
+    return next_block
+
+
+def decode_plan(batch: InputBatch) -> SchedulerOutput:
+    return SchedulerOutput(
+        num_scheduled_tokens=dict.fromkeys(batch.req_ids, 1), total_num_scheduled_tokens=batch.num_rows
+    )
+
+
+def test_decoding_on_is_prepared_from_the_step_before() -> None:
+    """Through blocks that fill up, wider tables, a row that leaves and another that moves into its place."""
+    batch, plan = small_step({"a": 2, "b": 4, "c": 1})
+    preparer, next_block, kept = InputPreparer(batch, 64, CpuPlatform()), 10, 0
+    check(batch, plan, preparer.prepare(plan))
+    before = None
+    for step in range(20):
+        next_block = grow(batch, next_block)
+        if step == 9:
+            batch.remove_row("a")
+        plan = decode_plan(batch)
+        inputs = preparer.prepare(plan)
+        check(batch, plan, inputs)
+        kept += inputs is before
+        before = inputs
+    assert kept == 20 - 1 - len({8, 12, 16, 20}) - 1  # the first, wider tables, the row that left
+
+
+def test_decoding_on_notices_a_token_of_a_prompt_that_does_not_sample() -> None:
+    batch, _ = small_step({"a": 1, "b": 1})
+    preparer, plan = InputPreparer(batch, 64, CpuPlatform()), decode_plan(batch)
+    preparer.prepare(plan)
+    batch.append_tokens(1, [7, 8])
+    batch.block_tables[0].append(1, [9])
+    batch.num_computed_tokens[:2] = 3, 4
+    inputs = preparer.prepare(plan)
+    check(batch, plan, inputs)
+    assert inputs.num_samples == 1
+
+
+def test_control_a_row_that_changed_unnoticed_shows() -> None:
+    batch, plan = small_step({"a": 1, "b": 1, "c": 1})
+    preparer = InputPreparer(batch, 64, CpuPlatform())
+    preparer.prepare(plan)
+    batch.remove_row("a")
+    batch.add_row(NewRequestData("d", [5, 6, 7, 8], 4, SamplingParams(), ([9],), 3), seed=0)
+    batch.num_changes -= 2
+    with pytest.raises(AssertionError):
+        check(batch, decode_plan(batch), preparer.prepare(decode_plan(batch)))
+
+
 def test_a_request_without_a_row_is_an_error() -> None:
     batch, plan = small_step({"a": 1})
     plan.num_scheduled_tokens["ghost"] = 1

@@ -8,7 +8,7 @@ import torch
 from mini_vllm.core.scheduler_output import ModelRunnerOutput
 from mini_vllm.sampling_params import SamplingParams
 from mini_vllm.worker import sampling_stage
-from mini_vllm.worker.sampling_stage import NO_TOKEN_MESSAGE
+from mini_vllm.worker.sampling_stage import NO_TOKEN_MESSAGE, SamplingStage
 from tests.checkpoints import make_checkpoint
 from tests.worker.harness import GREEDY, Hand, make_runner
 
@@ -213,6 +213,40 @@ def test_a_row_with_nothing_allowed_names_what_it_asked_for(folder: Path) -> Non
     plan.new_reqs[0].bad_words_token_ids = [[4]]
     output = hand.run(plan)
     assert output.errors == {"a": f"{NO_TOKEN_MESSAGE}, or allowed_token_ids, bad_words of the request leave none"}
+
+
+def test_plain_steps_come_to_what_others_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows that ask for nothing skip the stages, with the same tokens; whoever asks for something does not."""
+
+    def tokens_and_ways(plainly: bool) -> tuple[list[list[int]], list[bool]]:
+        ways: list[bool] = []
+        whether = SamplingStage._is_plain.fget  # type: ignore[attr-defined]
+
+        def noted(stage: SamplingStage) -> bool:
+            ways.append(plainly and whether(stage))
+            return ways[-1]
+
+        monkeypatch.setattr(SamplingStage, "_is_plain", property(noted))
+        hand = Hand(make_runner(folder))
+        hand.add("a", PROMPT, GREEDY)
+        hand.add("b", PROMPT[::-1], GREEDY)
+        hand.step({"a": 11, "b": 3}, ["a", "b"])
+        hand.step({"a": 1, "b": 8})
+        for params in (
+            HOT,
+            SamplingParams(temperature=0.0, presence_penalty=2.0),
+            SamplingParams(temperature=0.0, logprobs=1),
+        ):
+            hand.add("c", PROMPT[3:], params)
+            hand.step({"a": 1, "b": 1, "c": 8}, ["c"])
+            hand.step({"a": 1, "b": 1}, finished=["c"])
+        monkeypatch.undo()
+        return [hand.output("a"), hand.output("b")], ways
+
+    plain, ways = tokens_and_ways(True)
+    others, _ = tokens_and_ways(False)
+    assert plain == others and len(plain[0]) == 8
+    assert ways == [True, True] + [False, True] * 3
 
 
 def test_every_trace_of_a_request_goes_with_its_row(folder: Path) -> None:

@@ -83,14 +83,30 @@ int weight_only_linear(const Linear& linear, const Rows& rows);  // kInt8, kAsIs
 int bf16_linear(const Linear& linear, const Rows& rows);        // kBF16Packed
 
 // Panels are dealt out in ranges of a multiple of `grain`, so that weights are read as streams; body(first, end). Few
-// rows wait for memory, which a thread alone does not use up: short ranges, so that all end together. With many rows
-// longer ones keep what they share in the cache.
-constexpr int64_t kFewRows = 32;
+// rows wait for memory, which a thread alone does not use up: short ranges, so that all end together, though none so
+// short that taking it costs as much as the work. With many rows longer ones keep what they share in the cache.
+constexpr int64_t kFewRows = 32, kShortestRead = 32 * 1024;
 template <class Body>
-inline void for_panels(int64_t panels, int64_t grain, int64_t rows, Body&& body) {
-  int64_t most = int64_t(num_threads()) * (rows <= kFewRows ? 16 : 4);
-  int64_t size = std::max(grain, panels / most / grain * grain);
+inline void for_panels(int64_t panels, int64_t grain, int64_t panel_bytes, int64_t rows, Body&& body) {
+  int64_t threads = num_threads(), size = panels / (threads * 4);
+  if (rows <= kFewRows) {
+    int64_t worth = panels * panel_bytes * rows / (kShortestRead * threads);
+    int64_t ranges = threads * std::min<int64_t>(16, std::max<int64_t>(1, worth));
+    size = (panels + ranges - 1) / ranges;
+  }
+  size = std::max(grain, size / grain * grain);
   parallel_for((panels + size - 1) / size, [&](int64_t i) { body(i * size, std::min(panels, (i + 1) * size)); });
+}
+
+// Fetches what a stream of weights reaches kAhead bytes on, while `Bytes` of it are used. Hardware does too little by
+// itself there: two threads of a Skylake server read 16.7 GB/s with this and 12.3 without (20 are to be had).
+// Processors with VNNI and BF16 did as well without.
+constexpr int64_t kAhead = 2048;
+template <int Bytes>
+MV_INLINE void fetch_ahead(const uint8_t* weights) {
+#if !defined(MV_GEMM_VNNI)
+  MV_UNROLL for (int line = 0; line < Bytes; line += 64) prefetch_l1(weights + kAhead + line);
+#endif
 }
 
 // Calls fn with the tile height as a compile-time constant.

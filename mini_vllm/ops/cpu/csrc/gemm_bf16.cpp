@@ -39,7 +39,7 @@ MV_TILE void wide_tile(const Linear& linear, const Rows& rows, int64_t row, int6
 int bf16_linear(const Linear& linear, const Rows& rows) {
   if (rows.x_dtype != kBF16 || linear.k % 2 != 0) return kUnsupported;
   Tiling tiling(rows.count, kTileRows);
-  for_panels((linear.n + kWide - 1) / kWide, 1, rows.count, [&](int64_t begin, int64_t end) {
+  for_panels((linear.n + kWide - 1) / kWide, 1, linear.panel_bytes, rows.count, [&](int64_t begin, int64_t end) {
     for (int64_t wide = begin; wide < end; wide++)
       for (int64_t t = 0; t < tiling.tiles; t++)
         with_height<kTileRows>(tiling.height(t), [&](auto height) {

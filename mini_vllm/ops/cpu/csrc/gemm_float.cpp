@@ -28,6 +28,7 @@ template <int DType>
 struct FloatWeights {
   static constexpr int kStep = 1, kMostRows = kTileRows;
   static constexpr int64_t kWordBytes = kPanel * (DType == kF32 ? 4 : 2), kStepBytes = 2 * kWordBytes;
+  static constexpr int kBytesAtOnce = kWordBytes;
   struct Raw { const uint8_t* p; };
   const uint8_t* base;
   FloatWeights(const Linear& linear, int64_t unit)
@@ -48,6 +49,7 @@ struct FloatWeights {
 
 struct ByteWeights {
   static constexpr int kStep = 4, kMostRows = kTileRows < 6 ? kTileRows : 5;  // registers that hold bytes count as well
+  static constexpr int kBytesAtOnce = kQuadBytes;
   using Raw = Bytes;
   const uint8_t* base;
   int64_t panel_bytes;
@@ -99,6 +101,7 @@ MV_TILE void direct_tile(const Weights& weights, const float* x, int64_t stride,
     for (int64_t k = 0; k < size; k += Weights::kStep) {
       typename Weights::Raw raw[kWords];
       MV_UNROLL for (int v = 0; v < kWords; v++) raw[v] = weights.load(first + k, v);
+      MV_UNROLL for (int v = 0; v < kWords; v++) fetch_ahead<Weights::kBytesAtOnce>(weights.at(first + k, v));
       F32 w[kWords];
       MV_UNROLL for (int v = 0; v < kWords; v++) w[v] = Weights::template widen<0>(raw[v]);
       step<R>(acc, w, x + k);
@@ -228,7 +231,9 @@ void many_rows(const Call& call, int64_t begin, int64_t end) {
 template <class Weights>
 void run(const Call& call) {
   bool few = call.rows.count <= Weights::kMostRows;
-  for_panels(call.units, 1, call.rows.count, [&](int64_t begin, int64_t end) {
+  int64_t bytes = call.linear.panel_bytes;
+  int64_t unit_bytes = call.linear.kind == kInt8 ? bytes * kWords : bytes / kUnitsPerWide;
+  for_panels(call.units, 1, unit_bytes, call.rows.count, [&](int64_t begin, int64_t end) {
     if (few) few_rows<Weights>(call, begin, end);
     else many_rows<Weights>(call, begin, end);
   });

@@ -49,6 +49,7 @@ MV_INLINE void sum_nibbles(I32 (&acc)[R], const uint8_t* w, const int8_t* x, int
     if constexpr (F == kPacked) {
       MV_UNROLL for (int j = 0; j < 4; j++) {
         Bytes both = load_bytes(w + j * kQuadBytes);
+        fetch_ahead<kQuadBytes>(w + j * kQuadBytes);
         add_quad<R>(acc, sums, low_nibbles(both), x + j * R * 4);
         add_quad<R>(acc, sums, high_nibbles(both), x + (j + 4) * R * 4);
       }
@@ -152,7 +153,8 @@ void grouped_linear(const Linear& linear, const Rows& rows) {
   QuantizedRows x = quantize_rows(rows, linear, tiling, linear.group);
   int64_t header = linear.asymmetric ? 128 : 64;
   Call call{linear, rows, x, tiling, header, header + linear.group * kPanel / 2};
-  for_panels(linear.num_panels(), 1, rows.count, [&](int64_t begin, int64_t end) { run_panels(call, begin, end); });
+  for_panels(linear.num_panels(), 1, linear.panel_bytes, rows.count,
+             [&](int64_t begin, int64_t end) { run_panels(call, begin, end); });
 }
 
 }  // namespace mv::gemm

@@ -61,6 +61,7 @@ MV_TILE void panel_tile(const Call& call, int64_t row, int64_t panel, const uint
   }
   for (; q < call.quads; q++, w += kQuadBytes, x += 4 * R) {
     Bytes bytes = load_bytes(w);
+    fetch_ahead<kQuadBytes>(w);
     MV_UNROLL for (int r = 0; r < R; r++) dot(acc[r], bytes, make_quad(x + r * 4));
   }
   finish_tile<R>(call, acc, row, panel);
@@ -208,7 +209,7 @@ void int8_linear(const Linear& linear, const Rows& rows) {
   Tiling tiling(rows.count, many ? kPairRows : kMaxRows);
   QuantizedRows x = quantize_rows(rows, linear, tiling, linear.k_padded);
   Call call{linear, rows, x, tiling, linear.k_padded / 4};
-  for_panels(linear.num_panels(), many ? 2 : 1, rows.count, [&](int64_t begin, int64_t end) {
+  for_panels(linear.num_panels(), many ? 2 : 1, linear.panel_bytes, rows.count, [&](int64_t begin, int64_t end) {
 #if defined(MV_GEMM_AVX512)
     if (many) return pair_tiles(call, begin, end);
 #endif

@@ -82,7 +82,8 @@ void run_panels(const Call& call, int64_t begin, int64_t end) {
 int weight_only_linear(const Linear& linear, const Rows& rows) {
   if (rows.x_dtype != kBF16 || linear.k % 2 != 0) return float_linear(linear, rows);
   Call call{linear, rows, static_cast<const char*>(rows.x), rows.ldx * 2};
-  for_panels(linear.num_panels(), 1, rows.count, [&](int64_t begin, int64_t end) { run_panels(call, begin, end); });
+  for_panels(linear.num_panels(), 1, linear.panel_bytes, rows.count,
+             [&](int64_t begin, int64_t end) { run_panels(call, begin, end); });
   return kOk;
 }
 
