@@ -16,6 +16,9 @@ PY
 )
 for level in ${SANITIZED_LEVELS:-$levels}; do
     echo "==> address and undefined behaviour: $level"
+    # compiled before the sanitizer is preloaded: the compiler would run under it, too
+    env MINI_VLLM_CPU_CXXFLAGS="$flags" $python -c "from mini_vllm.ops.cpu import build
+build.build_library('$level', build.PACKAGE_LIBRARY_DIR)"
     env MINI_VLLM_CPU_ISA="$level" MINI_VLLM_CPU_CXXFLAGS="$flags" \
         LD_PRELOAD="$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
