@@ -22,7 +22,7 @@ build.build_library('$level', build.PACKAGE_LIBRARY_DIR)"
     env MINI_VLLM_CPU_ISA="$level" MINI_VLLM_CPU_CXXFLAGS="$flags" \
         LD_PRELOAD="$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-        $python -m pytest -q -p no:cacheprovider $tests ${PYTEST_ARGS:-}
+        $python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $tests ${PYTEST_ARGS:-}
 done
 echo "==> threads: the pool"
 program=$(mktemp)
