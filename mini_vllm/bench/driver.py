@@ -67,7 +67,7 @@ class PlanMeter:
             self.notes.append(StepNote(plan, self._kv_cache_usage()))
             self._by_step[plan.step_id] = self.notes[-1]
         result = self.executor.execute_model(plan)
-        if result is not None:
+        if result is not None and plan.num_scheduled_tokens:
             self._note_rows(result)
         return result
 
