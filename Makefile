@@ -44,8 +44,9 @@ format: env-dev  ## Format and apply the safe fixes of ruff
 unit: env-dev
 	@echo "==> pytest"; $(BIN)/python -m pytest -m "not slow and not gpu" $(SPREAD) $(PYTEST_ARGS)
 
-test-slow: env-dev  ## The long tests: many random runs, large shapes
+test-slow: env-dev  ## The long tests: many random runs, large shapes, every level of kernels; then test-asan
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	@scripts/test_sanitized.sh
 
 test-asan: env-dev  ## The native kernels' tests under the address, undefined-behaviour and thread sanitizers (slow)
 	@scripts/test_sanitized.sh

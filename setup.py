@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 KERNELS = Path(__file__).parent / "mini_vllm" / "ops" / "cpu"
@@ -39,6 +40,13 @@ class BuildWithKernels(build_py):
                 print(f"no native kernels for {isa}: {error}", file=sys.stderr)
 
 
+class WheelOfAnyPython(bdist_wheel):
+    """The libraries are called through ctypes, so a wheel fits every Python of its platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class PlatformDistribution(Distribution):
     """Its wheels fit one platform, since there are compiled libraries in them."""
 
@@ -46,4 +54,4 @@ class PlatformDistribution(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": BuildWithKernels}, distclass=PlatformDistribution)
+setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelOfAnyPython}, distclass=PlatformDistribution)

@@ -29,7 +29,8 @@ ExecuteResult = ModelRunnerOutput | Future[ModelRunnerOutput] | None
 
 @dataclass
 class StepNote:
-    """One step that ran. seconds: the whole step, scheduling and detokenising included."""
+    """One step that ran. seconds: the whole step, scheduling and detokenising included; with async scheduling, from the
+    results of the step before to its own."""
 
     plan: SchedulerOutput
     kv_cache_usage: float
@@ -51,6 +52,7 @@ class PlanMeter:
     def __init__(self, executor: Executor, kv_cache_usage: Callable[[], float]) -> None:
         self.executor = executor
         self.notes: list[StepNote] = []
+        self._by_step: dict[int, StepNote] = {}
         self._kv_cache_usage = kv_cache_usage
 
     @property
@@ -63,8 +65,9 @@ class PlanMeter:
     def execute_model(self, plan: SchedulerOutput) -> ExecuteResult:
         if plan.num_scheduled_tokens:
             self.notes.append(StepNote(plan, self._kv_cache_usage()))
+            self._by_step[plan.step_id] = self.notes[-1]
         result = self.executor.execute_model(plan)
-        if result is not None:
+        if result is not None and plan.num_scheduled_tokens:
             self._note_rows(result)
         return result
 
@@ -78,6 +81,12 @@ class PlanMeter:
 
     def shutdown(self) -> None:
         self.executor.shutdown()
+
+    def note_seconds(self, step_id: int, seconds: float) -> None:
+        """How long the step took that was applied just now; another may be in flight and noted already."""
+        note = self._by_step.pop(step_id, None)
+        if note is not None:
+            note.seconds = seconds
 
     def _note_rows(self, result: ModelRunnerOutput | Future[ModelRunnerOutput]) -> None:
         if not self.notes:
@@ -110,6 +119,13 @@ def metered(core: EngineCore) -> Iterator[PlanMeter]:
         yield meter
     finally:
         core.executor = executor
+
+
+def _finish_in_flight(core: EngineCore) -> None:
+    """With async scheduling a step was planned for rows that have ended since. Nobody waited for it: it is no part of
+    the run, and the next one shall not wait for it either."""
+    while core.scheduler.config.async_scheduling and core.has_work():
+        core.step()
 
 
 @dataclass
@@ -171,7 +187,9 @@ class Driver:
                 self.engine.abort_request([f"{prefix}-{index}" for index in range(len(requests))])
             duration = self.clock() - begin
             noise, after = cpu.stop(), core.scheduler.stats()
-        return _run(timelines, meter.notes, duration, before, after, noise)
+            _finish_in_flight(core)
+        steps = [note for note in meter.notes if note.seconds > 0]
+        return _run(timelines, steps, duration, before, after, noise)
 
     def _params(self, request: BenchRequest) -> SamplingParams:
         return SamplingParams(
@@ -193,14 +211,12 @@ class Driver:
         return timelines
 
     def _step_all(self, timelines: dict[str, RequestTimeline], meter: PlanMeter) -> None:
-        engine, clock, notes = self.engine, self.clock, meter.notes
+        engine, clock, core = self.engine, self.clock, core_of(self.engine)
         while engine.has_unfinished_requests():
-            num_notes = len(notes)
             begin = clock()
             outputs = engine.step()
             now = clock()
-            if len(notes) > num_notes:
-                notes[-1].seconds = now - begin
+            meter.note_seconds(core.applied_step_id, now - begin)
             for output in outputs:
                 timeline, completion = timelines[output.request_id], output.outputs[0]
                 if completion.token_ids:

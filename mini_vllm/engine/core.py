@@ -56,6 +56,8 @@ class EngineCore:
         self.executor = executor
         self.clock = scheduler.clock
         self.trace = StepTrace(trace_capacity, trace_detailed)
+        self.applied_step_id = -1
+        """Of the plan whose results were applied last."""
         self._num_empty_failures = 0
         self._plan_thread = PlanThread()
         self._in_flight: deque[StepInFlight] = deque()
@@ -118,6 +120,7 @@ class EngineCore:
     ) -> EngineCoreOutputs:
         """What came of a plan becomes news and a record."""
         outputs = self.scheduler.update_from_output(plan, result)
+        self.applied_step_id = plan.step_id
         stats = self.scheduler.stats()
         stats.num_scheduled_tokens = plan.total_num_scheduled_tokens
         end = self.clock()

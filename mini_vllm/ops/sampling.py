@@ -4,18 +4,20 @@ It computes what `sampling.truncation` and `sampling.inversion` do in torch, whi
 same tokens from the same uniform numbers, but where a cut or a draw is nearer to a boundary than float32 can tell.
 """
 
-import ctypes
-import functools
-from typing import Any
-
 import torch
 
-from mini_vllm.ops.cpu import library
+from mini_vllm.ops.cpu.kernel import INT64, POINTER, Kernel
+
+_DRAW = Kernel(
+    "mv_draw_tokens",
+    logits=POINTER, rows=POINTER, best=POINTER, temperature=POINTER, top_k=POINTER, top_p=POINTER, min_p=POINTER,
+    uniforms=POINTER, tokens=POINTER, stride=INT64, vocab=INT64,
+)  # fmt: skip
 
 
 def has_native_draws(logits: torch.Tensor) -> bool:
     """Whether `draw_tokens` takes these rows `[R, V]`."""
-    return logits.is_cpu and logits.dtype is torch.float32 and logits.stride(1) == 1 and _kernel() is not None
+    return _DRAW.serves(logits) and logits.dtype is torch.float32 and logits.stride(1) == 1
 
 
 def draw_tokens(
@@ -34,15 +36,8 @@ def draw_tokens(
     wanted = (torch.float32, torch.int64, torch.float64, torch.float64)
     typed = (column.to(dtype) for column, dtype in zip(limits, wanted, strict=True))
     columns = [column.contiguous() for column in (best.flatten()[rows], *typed, uniforms)]
-    _kernel()(
-        logits.data_ptr(), logits.stride(0), logits.shape[1], len(rows), rows.data_ptr(),
-        *(column.data_ptr() for column in columns), tokens.data_ptr(),
+    _DRAW(
+        len(rows), logits.data_ptr(), rows.data_ptr(), *(column.data_ptr() for column in columns), tokens.data_ptr(),
+        logits.stride(0), logits.shape[1],
     )  # fmt: skip
     return tokens
-
-
-@functools.cache
-def _kernel() -> Any:
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    types = [pointer, integer, integer, integer, *[pointer] * 8]
-    return library.function("mv_draw_tokens", types, ctypes.c_int)

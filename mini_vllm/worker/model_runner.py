@@ -36,6 +36,7 @@ from mini_vllm.worker.input_batch import InputBatch
 from mini_vllm.worker.kv_cache import activation_bytes, allocate_kv_caches, gib
 from mini_vllm.worker.prepare_inputs import InputPreparer, StepInputs
 from mini_vllm.worker.sampling_stage import SamplingStage
+from mini_vllm.worker.threads import start_threads
 
 logger = init_logger(__name__)
 
@@ -57,8 +58,7 @@ class ModelRunner:
         self.config = config
         self.platform = select_platform(config.device.device)
         self.device = self.platform.device()
-        self.num_threads = self.platform.set_num_threads(config.device.num_threads)
-        native.set_num_threads(self.num_threads)
+        self.num_threads = start_threads(self.platform, config.device.num_threads)
         self.sampler = Sampler()
         self.model: nn.Module
         self.layers: dict[str, Attention] = {}

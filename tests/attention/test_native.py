@@ -208,6 +208,21 @@ def test_what_is_written_as_int8_is_what_the_reference_writes(head_size, dtype):
     assert torch.equal(*written)
 
 
+@given(case=cases())
+@settings(max_examples=40)
+def test_every_byte_of_the_cache_is_what_the_reference_leaves(case):
+    """Written slots, those of others, and the poison in slots of nobody."""
+    case = replace(case, context_lens=tuple(c % 20 for c in case.context_lens))
+    written = []
+    for backend in (NativeBackend, TorchRefBackend):
+        paged = PagedCase(case, backend)
+        cache = paged.cache()
+        paged.cache = lambda cache=cache: cache
+        paged.paged()
+        written.append(cache.view(torch.uint8))
+    assert torch.equal(*written)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_key_that_is_not_finite_is_not_hidden_by_int8(bad):
     paged = PagedCase(Case(cache_dtype="int8_per_token_head"), NativeBackend)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("torch")
 
 from mini_vllm.bench import ceilings
+from mini_vllm.bench.datasets import BenchRequest
 from mini_vllm.bench.driver import Driver, core_of
 from mini_vllm.bench.latency import run_latency
 from mini_vllm.bench.metrics import LATENCY_METRICS
@@ -161,6 +163,29 @@ def test_what_does_not_fit_the_context_is_refused_before_anything_runs(engine: L
 def test_special_tokens_are_never_in_random_prompts(engine: LLMEngine) -> None:
     special = set(engine.get_tokenizer().all_special_ids)
     assert special and not special & set(usable_token_ids(engine))
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_with_async_scheduling_every_step_has_its_own_time(folder: Path, stops: bool) -> None:
+    """One step is in flight, and noted, when the results of the one before it arrive."""
+    engine = LLMEngine.from_engine_args(EngineArgs(model=str(folder), async_scheduling=True, **ENGINE))
+    plain = LLMEngine.from_engine_args(EngineArgs(model=str(folder), **ENGINE))
+    requests = [BenchRequest([5 + i, 6, 7], 3 + 2 * i) for i in range(3)]
+    runs = []
+    for used in (engine, plain):
+        driver = Driver(used, temperature=0.0)
+        if stops:  # ends that nobody can foresee, so that a step is in flight at the end
+            params = driver._params
+            driver._params = lambda request, p=params: replace(p(request), ignore_eos=False, stop_token_ids=range(999))
+        runs += [driver.run(requests), driver.run(requests)]
+        assert not core_of(used)._in_flight
+        used.shutdown()
+    for run in runs:
+        assert len(run.steps) == (1 if stops else 7)
+        assert all(step.seconds > 0 for step in run.steps)
+        assert sum(step.seconds for step in run.steps) <= run.duration
+        assert [step.sampled_rows for step in run.steps] == ([3] if stops else [3, 3, 3, 2, 2, 1, 1])
+    assert runs[0].timelines[2].output_counts == runs[2].timelines[2].output_counts
 
 
 def test_an_interrupted_run_leaves_no_request_behind(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:

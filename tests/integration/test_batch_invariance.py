@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from mini_vllm.config import QuantizationOptions
 from mini_vllm.engine.arg_utils import EngineArgs
@@ -21,6 +22,7 @@ from mini_vllm.ops.cpu import linear as kernels
 from mini_vllm.quantization.packed import PackedLinearMethod
 from mini_vllm.quantization.unquantized import UnquantizedLinearMethod
 from tests.checkpoints import make_checkpoint
+from tests.integration import test_master_invariant as master
 from tests.integration.rig import VOCAB_SIZE, Rig, run
 from tests.integration.test_master_invariant import (  # noqa: F401  the same tests with the fixtures of this module
     JOBS,
@@ -40,16 +42,19 @@ from tests.integration.test_master_invariant import (  # noqa: F401  the same te
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no native kernels on this machine")
 
-FORMATS: dict[str, tuple[str, QuantizationOptions | None]] = {
-    "float32": ("float32", None),
-    "bfloat16": ("bfloat16", None),
-    "float16": ("float16", None),
-    "int8": ("bfloat16", QuantizationOptions("int8")),
-    "int8-group": ("bfloat16", QuantizationOptions("int8", group_size=32, activation_scales="group")),
-    "int8-weight-only": ("bfloat16", QuantizationOptions("int8_per_channel_weight_only")),
-    "int4": ("bfloat16", QuantizationOptions("int4")),
-    "int4-asymmetric": ("bfloat16", QuantizationOptions("int4", symmetric=False, lm_head="same")),
+FORMATS: dict[str, tuple[str, QuantizationOptions | None, str]] = {
+    "float32": ("float32", None, "auto"),
+    "bfloat16": ("bfloat16", None, "auto"),
+    "float16": ("float16", None, "auto"),
+    "int8": ("bfloat16", QuantizationOptions("int8"), "auto"),
+    "int8-group": ("bfloat16", QuantizationOptions("int8", group_size=32, activation_scales="group"), "auto"),
+    "int8-weight-only": ("bfloat16", QuantizationOptions("int8_per_channel_weight_only"), "auto"),
+    "int4": ("bfloat16", QuantizationOptions("int4"), "auto"),
+    "int4-asymmetric": ("bfloat16", QuantizationOptions("int4", symmetric=False, lm_head="same"), "auto"),
+    "int8-cache": ("bfloat16", None, "int8_per_token_head"),
+    "int8-cache-and-weights": ("bfloat16", QuantizationOptions("int8"), "int8_per_token_head"),
 }
+"""(dtype, weights, KV cache)"""
 Logits = list[list[torch.Tensor]]
 
 
@@ -98,10 +103,16 @@ def logits_alone(rig: Rig) -> Logits:
     return [logits_of(rig.engine(caching=False), [job])[0][0] for job in JOBS]
 
 
+def rig_of(folder: Any, name: str, **more: Any) -> Rig:
+    dtype, quantization, kv_dtype = FORMATS[name]
+    return Rig(
+        folder, dtype=dtype, batch_invariant=True, quantization=quantization, kv_cache_dtype=kv_dtype, **more
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_are_the_same_bits_whatever_happens_around_a_request(folder: Any, name: str) -> None:
-    dtype, quantization = FORMATS[name]
-    rig = Rig(folder, dtype=dtype, batch_invariant=True, quantization=quantization)
+    rig = rig_of(folder, name)
     wanted = logits_alone(rig)
     assert same_bits(logits_of(rig.engine())[0], wanted), "among neighbours"
     assert same_bits(logits_of(rig.engine(budget=17, caching=False))[0], wanted), "chunked"
@@ -113,6 +124,28 @@ def test_logits_are_the_same_bits_whatever_happens_around_a_request(folder: Any,
     tight, outcome = logits_of(rig.engine(block_size=8, num_blocks=tight_pool(8), budget=40), arrive_every=1)
     assert outcome.num_preemptions > 0
     assert same_bits(tight, wanted), "after preemption"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_combination_gives_the_same_tokens_in_every_format(folder: Any, name: str) -> None:
+    """The master invariant's random shapes, a few of each; `HYPOTHESIS_PROFILE=wide` has no say here."""
+    rig = rig_of(folder, name)
+    expected = alone(rig)
+
+    @settings(max_examples=3, derandomize=True, database=None)
+    @master.COMBINATION
+    def check(**case: Any) -> None:
+        master.check_combination(rig, expected, **case)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int8-cache"])
+def test_steps_planned_ahead_and_eager_steps_give_the_same_tokens(folder: Any, name: str) -> None:
+    expected = alone(rig_of(folder, name))
+    ahead = rig_of(folder, name, async_scheduling=True)
+    assert run(ahead.engine(budget=24, block_size=8), JOBS, arrive_every=2).tokens == expected
+    assert run(rig_of(folder, name).engine(budget=24, block_size=8, enforce_eager=True), JOBS).tokens == expected
 
 
 @pytest.mark.parametrize("method", [UnquantizedLinearMethod, PackedLinearMethod])

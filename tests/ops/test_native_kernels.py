@@ -179,3 +179,27 @@ def test_without_a_finite_highest_there_is_no_token():
 def test_argmax_of_a_row_without_an_allowed_token_is_the_first():
     best, index = argmax(torch.full((1, 37), -torch.inf))
     assert (best.item(), index.item()) == (-torch.inf, 0)
+
+
+# --- broken controls: the comparison fails when a kernel is wrong in one place --------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_control_one_wrong_number_at_the_end_of_a_row_is_noticed(width, dtype):
+    x = noise(5, width, dtype=dtype, seed=1) + 2
+    weight = torch.ones(width, dtype=dtype)
+    actual, expected = (f(x, None, weight, 1e-6)[0] for f in (rms_norm, rms_norm_reference))
+    assert_near(actual, expected)
+    actual[4, -1] *= 1.1
+    with pytest.raises(AssertionError):
+        assert_near(actual, expected)
+
+
+def test_control_a_row_read_past_its_end_is_noticed():
+    """What `padding` is for: a kernel told that rows are one number longer meets the NaN behind them."""
+    x = noise(3, 40, dtype=torch.float32, seed=0, padding=1)
+    longer = x.as_strided((3, 41), x.stride())
+    assert rms_norm(longer, None, torch.ones(41), 1e-6)[0].isnan().all()
+    assert act(longer, "silu")[:, -1].isnan().all()
+    assert argmax(longer)[1].tolist() == [40, 40, 40]

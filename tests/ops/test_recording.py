@@ -185,9 +185,9 @@ def test_a_forward_of_torch_is_not_worth_it():
 
 
 def test_an_index_outside_the_table_fails_the_replay_and_says_where():
-    inputs = buffers()
+    inputs, table = buffers(), torch.ones(50, WIDTH)  # a recording holds addresses: the table must live on
     with torch.inference_mode(), record(MOST, inputs) as recording:
-        lookup(inputs[0], torch.ones(50, WIDTH))
+        lookup(inputs[0], table)
     inputs[0][1] = 50
     [stretch] = recording.finish()
     stretch(1)

@@ -77,7 +77,7 @@ def test_a_shared_system_prompt_of_4096_tokens_saves_a_factor_of_61():
 
 
 def test_four_bits_with_a_scale_per_128_are_7_76_times_smaller_than_float32():
-    bits = memory.QUANTISATIONS["int4"].bits
+    bits = memory.QUANTISATIONS["int4-g128"].bits
     assert bits / 8 == 0.515625
     assert 32 / bits == pytest.approx(7.76, abs=0.005)
     assert 70e9 * bits / 8 == pytest.approx(36.1e9, rel=0.001)

@@ -25,7 +25,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device. flops: operations per second by dtype ('bfloat16' stands for float16, too)."""
+    """One device. flops: operations per second by dtype ('bfloat16' stands for float16, too).
+
+    packs_weights: kernels read weights in a layout of their own; a matrix that rows are gathered from is there twice.
+    """
 
     name: str
     memory_bytes: int
@@ -35,6 +38,7 @@ class Hardware:
     link: Link
     source: str
     measured: bool = False
+    packs_weights: bool = False
     details: dict[str, str] = field(default_factory=dict)
 
     def peak_flops(self, dtype: str) -> float:
@@ -105,14 +109,15 @@ HARDWARE_PRESETS: dict[str, Hardware] = dict(
         ("cpu-epyc-9654", Hardware(
             "cpu-epyc-9654", 384 * GIB, 460.8e9, {"float32": 7.4e12, "bfloat16": 14.7e12}, LINKS["memory"],
             "96 Zen 4 cores at 2.4 GHz x 32 (float32) or 64 (bfloat16) operations a cycle; 12 channels DDR5-4800; "
-            "384 GiB assumed")),
+            "384 GiB assumed", packs_weights=True)),
         ("cpu-xeon-8480", Hardware(
             "cpu-xeon-8480", 512 * GIB, 307.2e9, {"float32": 7.2e12, "bfloat16": 229e12}, LINKS["memory"],
             "56 cores at 2.0 GHz x 64 (AVX-512 float32) or 2048 (AMX bfloat16) operations a cycle; 8 channels "
-            "DDR5-4800; 512 GiB assumed")),
+            "DDR5-4800; 512 GiB assumed", packs_weights=True)),
         ("cpu-desktop-ddr5", Hardware(
             "cpu-desktop-ddr5", 32 * GIB, 89.6e9, {"float32": 1.0e12, "bfloat16": 1.0e12}, LINKS["memory"],
-            "8 cores at 4 GHz x 32 operations a cycle (AVX2); 2 channels DDR5-5600; 32 GiB assumed")),
+            "8 cores at 4 GHz x 32 operations a cycle (AVX2); 2 channels DDR5-5600; 32 GiB assumed",
+            packs_weights=True)),
     )
 )  # fmt: skip
 
@@ -179,5 +184,6 @@ def measured_hardware(dtype: str, working_set_bytes: int) -> Hardware:
         source=f"measured: {ceilings.read_source} read by {ceilings.memory.kernel}, {ceilings.gemm.size}^2 product in "
         f"{dtype}, {ceilings.threads} threads on {ceilings.device}",
         measured=True,
+        packs_weights=current_platform.device_type == "cpu",
         details={"others_share": f"{ceilings.others_share}"},
     )

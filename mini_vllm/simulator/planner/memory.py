@@ -15,12 +15,14 @@ from mini_vllm.simulator.planner.geometry import WEIGHT_DTYPE_BYTES, ModelGeomet
 class Quantisation:
     """How weights are stored. bits: per weight, scales included. whole_model: embeddings and output matrix, too.
 
+    head_bits: of the output matrix where it is stored in a way of its own; a tied embedding then stays plain beside it.
     compute: the dtype the matrix product runs in; None is the model's own, weights being expanded on the way.
     """
 
     name: str
     bits: float
     whole_model: bool = False
+    head_bits: float | None = None
     compute: str | None = None
     note: str = ""
 
@@ -34,9 +36,13 @@ QUANTISATIONS = {
     q.name: q
     for q in (
         Quantisation("fp8", 8, compute="fp8", note="W8A8, a scale per matrix or channel"),
-        Quantisation("int8", 8, compute="int8", note="W8A8, a scale per channel"),
-        Quantisation("int8-weight-only", 8, note="W8A16, a scale per channel"),
-        Quantisation("int4", _grouped(4, 128), note="symmetric, float16 scale per group of 128"),
+        Quantisation("int8", 8, head_bits=8, compute="int8", note="W8A8, a scale per channel"),
+        Quantisation("int8_per_channel_weight_only", 8, head_bits=8, note="W8A16, a scale per channel"),
+        Quantisation(
+            "int4", _grouped(4, 32), head_bits=8, compute="int8",
+            note="symmetric, float16 scale per group of 32; output matrix int8",
+        ),
+        Quantisation("int4-g128", _grouped(4, 128), note="symmetric, float16 scale per group of 128"),
         Quantisation("gptq", _grouped(4, 128, zero_bits=4), note="scale and zero point per group of 128"),
         Quantisation("awq", _grouped(4, 128, zero_bits=4), note="scale and zero point per group of 128"),
         Quantisation("mxfp4", _grouped(4, 32, scale_bits=8), note="8-bit scale per 32"),
@@ -49,7 +55,8 @@ QUANTISATIONS = {
         Quantisation("q3_k_m", 4.0, whole_model=True, note="GGUF, mixed; approximate, differs by model"),
         Quantisation("q2_k", 3.16, whole_model=True, note="GGUF, mixed; approximate, differs by model"),
     )
-}
+}  # fmt: skip
+"""Those that this engine makes on loading have its names for them, and are what its defaults come to."""
 
 
 def quantisation(name: str | None) -> Quantisation | None:
@@ -66,12 +73,30 @@ def bytes_per_weight(dtype: str, quant: Quantisation | None) -> float:
     return float(WEIGHT_DTYPE_BYTES[dtype]) if quant is None else quant.bits / 8
 
 
-def weight_bytes(model: ModelGeometry, dtype: str, quant: Quantisation | None = None) -> int:
-    """All weights on one device."""
+def outside_bytes_per_weight(dtype: str, quant: Quantisation | None) -> float:
+    """In embeddings and norms."""
+    return bytes_per_weight(dtype, quant if quant is not None and quant.whole_model else None)
+
+
+def head_bytes_per_weight(dtype: str, quant: Quantisation | None) -> float:
+    """In the output matrix."""
+    if quant is None or quant.head_bits is None:
+        return outside_bytes_per_weight(dtype, quant)
+    return quant.head_bits / 8
+
+
+def weight_bytes(
+    model: ModelGeometry, dtype: str, quant: Quantisation | None = None, *, packs_weights: bool = False
+) -> int:
+    """All weights on one device. packs_weights: products read a packed copy of their matrix, so that a tied embedding,
+    from which rows are gathered, is there twice."""
     parts = model.parameters
-    outside = parts.total - parts.linear
-    outside_bytes = bytes_per_weight(dtype, quant if quant is not None and quant.whole_model else None)
-    return round(parts.linear * bytes_per_weight(dtype, quant) + outside * outside_bytes)
+    copied = packs_weights or (quant is not None and quant.head_bits is not None)
+    head = model.output_parameters if parts.lm_head or copied else 0
+    outside = parts.total - parts.linear - parts.lm_head
+    in_layers = parts.linear * bytes_per_weight(dtype, quant)
+    in_head = head * head_bytes_per_weight(dtype, quant)
+    return round(in_layers + in_head + outside * outside_bytes_per_weight(dtype, quant))
 
 
 def activation_bytes(model: ModelGeometry, max_num_batched_tokens: int, max_num_seqs: int, itemsize: int) -> int:

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from mini_vllm.bench.cost import attended_keys, attended_pairs
 from mini_vllm.simulator.planner.geometry import KVLayers, ModelGeometry
 from mini_vllm.simulator.planner.hardware import Hardware
-from mini_vllm.simulator.planner.memory import Quantisation, bytes_per_weight
+from mini_vllm.simulator.planner.memory import (
+    Quantisation,
+    bytes_per_weight,
+    head_bytes_per_weight,
+    outside_bytes_per_weight,
+)
 
 # --- the calculators, over plain numbers ---------------------------------------------------------------------
 
@@ -119,15 +124,15 @@ class StepModel:
 
     @property
     def outside_bytes(self) -> float:
-        whole = self.quant if self.quant is not None and self.quant.whole_model else None
-        return bytes_per_weight(self.dtype, whole)
+        return outside_bytes_per_weight(self.dtype, self.quant)
 
     def weight_bytes_read(self, num_tokens: int) -> float:
         """By a step of `num_tokens` that makes logits; of experts those the tokens are expected to reach."""
         parts = self.model.parameters
         linear = parts.linear - parts.experts + parts.experts * self.model.distinct_expert_share(num_tokens)
-        outside = self.model.output_parameters + parts.norms + num_tokens * self.model.hidden_size
-        return linear * self.linear_bytes + outside * self.outside_bytes
+        head = self.model.output_parameters * head_bytes_per_weight(self.dtype, self.quant)
+        outside = parts.norms + num_tokens * self.model.hidden_size
+        return linear * self.linear_bytes + head + outside * self.outside_bytes
 
     def step(self, chunks: Sequence[tuple[int, int]], sampled_rows: int | None = None) -> StepSeconds:
         """chunks: (tokens computed before, tokens now) of each request. sampled_rows: None is all of them."""

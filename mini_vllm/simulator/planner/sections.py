@@ -91,8 +91,11 @@ def _weights_text(s: Setup) -> str:
     if s.options.weight_bytes is not None:
         return "given"
     if s.quant is None:
-        return f"{s.model.num_parameters:,} x {WEIGHT_DTYPE_BYTES[s.dtype]} B ({s.dtype})"
-    where = "all weights" if s.quant.whole_model else f"matrices; embeddings and norms stay {s.dtype}"
+        copy = s.hardware.packs_weights and not s.model.parameters.lm_head
+        text = f"{s.model.num_parameters:,} x {WEIGHT_DTYPE_BYTES[s.dtype]} B ({s.dtype})"
+        return text + ("; the tied embedding twice, once packed" if copy else "")
+    head = "" if s.quant.head_bits is None else f", {s.quant.head_bits:.4g} in the output matrix"
+    where = "all weights" if s.quant.whole_model else f"matrices{head}; embeddings and norms stay {s.dtype}"
     return f"{s.quant.name}: {s.quant.bits:.4g} bits in {where}"
 
 

@@ -91,7 +91,9 @@ class Setup:
     @cached_property
     def model_bytes(self) -> int:
         """Weights of the whole model."""
-        return self.options.weight_bytes or weight_bytes(self.model, self.dtype, self.quant)
+        return self.options.weight_bytes or weight_bytes(
+            self.model, self.dtype, self.quant, packs_weights=self.hardware.packs_weights
+        )
 
     @cached_property
     def weight_bytes(self) -> int:

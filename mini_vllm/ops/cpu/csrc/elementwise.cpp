@@ -239,38 +239,34 @@ MV_API int mv_rotary(const RotaryArgs* a, int64_t tokens) {
   });
 }
 
-// x [rows, 2 width], gate before value; out [rows, width].
+// out [rows, width] dense; x [rows, width], or [rows, 2 width] with the gate before the value.
 struct ActivationArgs {
   const void* x;
   void* out;
   int64_t x_stride, width, activation, dtype;
 };
 
-MV_API int mv_act_and_mul(const ActivationArgs* a, int64_t rows) {
-  bool known = with_activation(int(a->activation), [](auto) {});
-  if (!known) return kUnsupported;
-  return with_dtype(a->dtype, [&](auto* type) {
+// row(from, to, activation) for every row.
+template <class Row>
+static int for_activated_rows(const ActivationArgs* a, int64_t rows, const Row& row) {
+  bool known = false;
+  int status = with_dtype(a->dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    with_activation(int(a->activation), [&](auto activation) {
+    known = with_activation(int(a->activation), [&](auto activation) {
       for_rows(rows, a->width, [&](int64_t r) {
-        gate_row(static_cast<const T*>(a->x) + r * a->x_stride, a->width, static_cast<T*>(a->out) + r * a->width, activation);
+        row(static_cast<const T*>(a->x) + r * a->x_stride, static_cast<T*>(a->out) + r * a->width, activation);
       });
     });
   });
+  return known ? status : kUnsupported;
 }
 
-// x, out [rows, width].
+MV_API int mv_act_and_mul(const ActivationArgs* a, int64_t rows) {
+  return for_activated_rows(a, rows, [a](auto* from, auto* to, auto act) { gate_row(from, a->width, to, act); });
+}
+
 MV_API int mv_activation(const ActivationArgs* a, int64_t rows) {
-  bool known = with_activation(int(a->activation), [](auto) {});
-  if (!known) return kUnsupported;
-  return with_dtype(a->dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    with_activation(int(a->activation), [&](auto activation) {
-      for_rows(rows, a->width, [&](int64_t r) {
-        activate_row(static_cast<const T*>(a->x) + r * a->x_stride, a->width, static_cast<T*>(a->out) + r * a->width, activation);
-      });
-    });
-  });
+  return for_activated_rows(a, rows, [a](auto* from, auto* to, auto act) { activate_row(from, a->width, to, act); });
 }
 
 // x [rows, width] float32; the highest of each row and the first index it has. Without `best` the index is -1 where the

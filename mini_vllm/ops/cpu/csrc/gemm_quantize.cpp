@@ -58,6 +58,9 @@ MV_INLINE Scale scale_of(const void* row, int64_t begin, int64_t end, int64_t si
   return scale_for(_mm512_reduce_max_ps(most), nan != 0);
 }
 
+// A NaN becomes 0, or it would run over in the sums; its row's scale tells.
+MV_INLINE __m512i nearest_ints(__m512 v) { return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v); }
+
 // Quads of bytes as quads of 16 bits, k0 k2 k1 k3.
 MV_INLINE __m256i widened(__m128i bytes) {
   __m256i halves = _mm256_cvtepi8_epi16(bytes);
@@ -95,7 +98,7 @@ void quantize(const Job& job) {
       __m128i q[kTogether];
       MV_UNROLL for (int i = 0; i < kTogether; i++) {
         __m512 v = _mm512_mul_ps(load16<DType>(job.rows[i], k, job.k), _mm512_set1_ps(scale[i].inverse));
-        __m512i whole = _mm512_cvtps_epi32(v);
+        __m512i whole = nearest_ints(v);
         sums[i] = _mm512_add_epi32(sums[i], whole);
         q[i] = _mm512_cvtsepi32_epi8(whole);
       }
@@ -118,7 +121,7 @@ void quantize_single(const Job& job) {
     __m512i sum = _mm512_setzero_si512();
     for (int64_t k = begin; k < end; k += 16) {
       __m512 v = _mm512_mul_ps(load16<DType>(job.rows[0], k, job.k), _mm512_set1_ps(scale.inverse));
-      __m512i whole = _mm512_cvtps_epi32(v);
+      __m512i whole = nearest_ints(v);
       sum = _mm512_add_epi32(sum, whole);
       __m128i bytes = _mm512_cvtsepi32_epi8(whole);
       T* out = static_cast<T*>(job.out) + k;

@@ -366,17 +366,26 @@ using namespace mv;
 
 // logits [rows, vocab] float32 at a stride; best [draws] the highest of each draw's row. rows_of [draws]: which row.
 // tokens [draws]: -1 where the highest is not finite. top_k: 1 to vocab, which is off.
-MV_API int mv_draw_tokens(const float* logits, int64_t stride, int64_t vocab, int64_t draws, const int64_t* rows_of,
-                          const float* best, const float* temperature, const int64_t* top_k, const double* top_p,
-                          const double* min_p, const double* uniforms, int64_t* tokens) {
-  if (vocab < 1 || vocab > (int64_t(1) << 30)) return kUnsupported;
+struct DrawArgs {
+  const float* logits;
+  const int64_t* rows_of;
+  const float *best, *temperature;
+  const int64_t* top_k;
+  const double *top_p, *min_p, *uniforms;
+  int64_t* tokens;
+  int64_t stride, vocab;
+};
+
+MV_API int mv_draw_tokens(const DrawArgs* a, int64_t draws) {
+  if (a->vocab < 1 || a->vocab > (int64_t(1) << 30)) return kUnsupported;
   bool few = draws < num_threads();
   auto one = [&](int64_t d) {
-    tokens[d] = -1;
-    if (!std::isfinite(best[d])) return;
-    Room room((vocab + kBlock - 1) / kBlock * kBlock);
-    Limits limits{temperature[d], top_k[d], top_p[d], min_p[d]};
-    tokens[d] = Row(logits + rows_of[d] * stride, vocab, best[d], limits, room, few).draw(uniforms[d]);
+    a->tokens[d] = -1;
+    if (!std::isfinite(a->best[d])) return;
+    Room room((a->vocab + kBlock - 1) / kBlock * kBlock);
+    Limits limits{a->temperature[d], a->top_k[d], a->top_p[d], a->min_p[d]};
+    Row row(a->logits + a->rows_of[d] * a->stride, a->vocab, a->best[d], limits, room, few);
+    a->tokens[d] = row.draw(a->uniforms[d]);
   };
   if (!few) parallel_for(draws, one);
   else for (int64_t d = 0; d < draws; ++d) one(d);
