@@ -45,6 +45,23 @@ def test_the_cost_is_compared_with_the_steps_that_were_taken() -> None:
     assert found == pytest.approx({"total_error_percent": -25.0, "median_error_percent": 0.0})
 
 
+def test_a_workload_that_is_not_what_it_is_called_is_doubted() -> None:
+    from fidelity_report import doubts
+
+    def row(load: float, pool: float | None = None, shared: float = 0.0, **run: float) -> dict[str, Any]:
+        runs = [{"num_preemptions": 3, "prefix_hit_rate": 0.5, "request_throughput": 4.0} | run] * 2
+        return {"load": load, "rate": 5.0, "shape": {"pool": pool, "shared": shared}, "runs": runs}
+
+    assert not doubts(row(1.3, pool=0.3, shared=0.25))
+    assert not doubts(row(0.4, num_preemptions=0, prefix_hit_rate=0.0, request_throughput=5.0))
+    (found,) = doubts(row(0.9, pool=0.3, num_preemptions=0))
+    assert "nobody was preempted" in found
+    (found,) = doubts(row(0.6, shared=0.25, prefix_hit_rate=0.0))
+    assert "no prefix" in found
+    (found,) = doubts(row(1.3, request_throughput=5.0))
+    assert "kept up: 5.00 requests/s of 5.00" in found
+
+
 def test_both_sides_are_given_the_same_requests() -> None:
     from fidelity_requests import SHAPES, Listed, make_requests
 
@@ -153,7 +170,7 @@ def test_quick_run_compares_every_workload_and_names_no_path_of_this_machine(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(path.read_text())
     rows = {row["name"]: row for row in report["workloads"]}
-    assert len(rows) == 15 and "mixed, load 1.3" in rows and "server, mixed, load 0.6" in rows
+    assert len(rows) == 13 and "mixed, load 1.3" in rows and "server, mixed, load 0.8" in rows
     assert report["calibration"]["quality"]["num_steps"] > 30
     for row in rows.values():
         assert all(found["real"] > 0 and found["simulated"] > 0 for found in row["compared"].values())
@@ -163,5 +180,8 @@ def test_quick_run_compares_every_workload_and_names_no_path_of_this_machine(tmp
         )
     assert rows["small pool, at once"]["runs"][0]["num_preemptions"] > 0
     assert rows["small pool, at once"]["simulated"]["num_preemptions"] > 0
-    assert rows["shared prefixes, at once"]["simulated"]["prefix_cache_hits"] > 0
+    for name in ("shared prefixes, at once", "shared prefixes, load 0.6"):
+        assert rows[name]["simulated"]["prefix_cache_hits"] > 0
+        assert all(run["prefix_hit_rate"] > 0 for run in rows[name]["runs"])
+    assert all(row["doubts"] == [] or row["load"] is not None for row in rows.values())
     assert str(BENCHMARKS.parent) not in path.read_text() and str(tmp_path) not in path.read_text()
