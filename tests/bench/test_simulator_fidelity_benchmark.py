@@ -88,8 +88,28 @@ def test_a_small_pool_holds_any_request_but_not_a_full_batch() -> None:
 
     shape = SHAPES[3]
     assert small_pool(shape, SimulationOptions(max_num_seqs=1), 1024) == 65
-    # a third of 64 x ((16 + 256) / 2 + (96 + 256) / 2) tokens, and the null block
-    assert small_pool(shape, SimulationOptions(max_num_seqs=64), 1024) == 417
+    # a sixteenth of 256 x ((16 + 256) / 2 + (64 + 128) / 2) tokens, and the null block
+    assert small_pool(shape, SimulationOptions(max_num_seqs=256), 1024) == 233
+
+
+def test_at_load_the_small_pool_preempts_and_shared_prefixes_are_found() -> None:
+    """What the names promise, by the simulator: a machine of about 5 ms a step, eight seconds of arrivals."""
+    from fidelity_requests import SHAPES, Listed, make_requests, small_pool
+
+    from mini_vllm.simulator.cost import TwoConstantCost
+    from mini_vllm.simulator.driver import simulate
+    from mini_vllm.simulator.options import SimulationOptions
+
+    def figures(number: int, rate: float, num_blocks: int) -> dict[str, Any]:
+        requests = make_requests(SHAPES[number], round(8 * rate), rate, 1024, range(100), seed=0)
+        options = SimulationOptions(num_gpu_blocks=num_blocks, max_num_seqs=64, max_model_len=1024)
+        return simulate(options, Listed(requests), TwoConstantCost(0.004, 0.0002)).metrics()
+
+    pool = small_pool(SHAPES[3], SimulationOptions(max_num_seqs=64), 1024)
+    assert figures(3, 6.5, pool)["num_preemptions"] > 0
+    assert figures(3, 6.5, 5000)["num_preemptions"] == 0, "it is the pool"
+    assert figures(2, 6.5, 5000)["token_prefix_hit_rate"] > 0.5
+    assert figures(0, 6.5, 5000)["token_prefix_hit_rate"] == 0
 
 
 def test_requests_are_added_when_due_and_served_to_their_end() -> None:
