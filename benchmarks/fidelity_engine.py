@@ -37,6 +37,7 @@ class Served:
     notes: list[StepNote]
     duration: float
     num_preemptions: int
+    prefix_cache_queries: int
     prefix_cache_hits: int
     late_seconds: float
     noise: NoiseReport
@@ -48,6 +49,7 @@ class Served:
             "busy_seconds": sum(note.seconds for note in self.notes),
             "num_preemptions": self.num_preemptions,
             "prefix_cache_hits": self.prefix_cache_hits,
+            "prefix_hit_rate": self.prefix_cache_hits / max(self.prefix_cache_queries, 1),
             "median_late_ms": self.late_seconds * 1e3,
         }
 
@@ -77,8 +79,9 @@ def serve(engine: LLMEngine, requests: Sequence[Timed], clock: Callable[[], floa
         raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
     return Served(
         done, meter.notes, max(timeline.output_times[-1] for timeline in done) - begin - requests[0].arrival,
-        after.num_preemptions - before.num_preemptions, after.prefix_cache_hits - before.prefix_cache_hits,
-        float(np.median(lateness)), noise, [(when - begin, seconds) for when, seconds in probe.notes],
+        after.num_preemptions - before.num_preemptions, after.prefix_cache_queries - before.prefix_cache_queries,
+        after.prefix_cache_hits - before.prefix_cache_hits, float(np.median(lateness)), noise,
+        [(when - begin, seconds) for when, seconds in probe.notes],
     )  # fmt: skip
 
 

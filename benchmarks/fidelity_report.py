@@ -49,6 +49,19 @@ def step_error(cost: FittedCost, notes: Sequence[StepNote]) -> dict[str, float]:
     }
 
 
+def doubts(row: Metrics) -> list[str]:
+    """What the name of a workload says and its real runs did not do: then its figures say nothing of that."""
+    runs, shape, rate, found = row["runs"], row["shape"], row.get("rate"), []
+    if shape["pool"] is not None and min(run["num_preemptions"] for run in runs) == 0:
+        found.append("nobody was preempted, so the pool was not small")
+    if shape["shared"] and min(run.get("prefix_hit_rate", 1.0) for run in runs) == 0:
+        found.append("no prefix was found in the cache")
+    served = max(run["request_throughput"] for run in runs)
+    if (row["load"] or 0) > 1 and served >= rate:
+        found.append(f"the engine kept up: {served:.2f} requests/s of {rate:.2f}, so this is not past the knee")
+    return found
+
+
 def print_quality(cost: FittedCost, others: float) -> None:
     quality = cost.quality
     print(
@@ -67,6 +80,8 @@ def print_workload(row: Metrics) -> None:
         notes.append("machine slowed by " + ", ".join(f"{slowdown:.2f}" for slowdown in row["slowdown"]))
         preemptions = "/".join(str(run["num_preemptions"]) for run in row["runs"])
         notes.append(f"preemptions {preemptions} (simulated {row['simulated']['num_preemptions']})")
+        hits = "/".join(f"{run['prefix_hit_rate']:.0%}" for run in row["runs"])
+        notes.append(f"found in the prefix cache {hits} (simulated {row['simulated']['token_prefix_hit_rate']:.0%})")
     others = max((noise["others_share"] or 0.0) for noise in row["noise"])
     title = f"\n{row['name']}: {', '.join(notes)}, others used {others:.0%}"
     cells = [
@@ -75,6 +90,8 @@ def print_workload(row: Metrics) -> None:
         for name, label in FIGURES.items() for found in [row["compared"][name]]
     ]  # fmt: skip
     print(table(title, ["figure", "real", "spread", "simulated", "error", "same speed"], cells), flush=True)
+    for doubt in row["doubts"]:
+        print(f"NOT WHAT IT IS CALLED: {doubt}", flush=True)
 
 
 def _percent(value: float | None) -> str:

@@ -31,10 +31,10 @@ class Shape:
 
 
 SHAPES = (
-    Shape("mixed", (1 / 64, 1 / 4), (1 / 64, 3 / 32), (0.3, 0.6, 0.9, 1.3)),
+    Shape("mixed", (1 / 64, 1 / 4), (1 / 64, 3 / 32), (0.4, 0.8, 1.3)),
     Shape("long prompts", (1 / 4, 5 / 8), (1 / 256, 1 / 32), (0.6,)),
     Shape("shared prefixes", (1 / 64, 1 / 16), (1 / 64, 3 / 32), (0.6,), shared=1 / 4),
-    Shape("small pool", (1 / 64, 1 / 4), (3 / 32, 1 / 4), (0.9,), pool=1 / 3),
+    Shape("small pool", (1 / 64, 1 / 4), (1 / 16, 1 / 8), (0.9,), pool=1 / 16),
 )
 NUM_GROUPS = 4
 

@@ -3,9 +3,11 @@
 A step cost is fitted to this machine by the simulator's own calibration, on request sets of its own. Then the very same
 engine serves workloads it was not calibrated on, each several times: requests are added when they are due and the
 engine is stepped in between. Each is simulated with the same token ids, output lengths and times of arrival, and the
-figures are laid side by side; percentiles come from the same functions. Loads are fractions of the capacity that was
-measured for that shape of requests: what the engine serves when all are there at once. Part `server` sends the same
-requests to `mini-vllm serve` over HTTP.
+figures are laid side by side; percentiles come from the same functions. Workloads: mixed lengths below and past the
+knee, long prompts, prefixes shared in groups, and a pool so small that requests are preempted. Whether the real runs
+did what the name says is checked and recorded (`doubts`). Loads are fractions of the capacity that was measured for
+that shape of requests: what the engine serves when all are there at once. Part `server` sends the first workload to
+`mini-vllm serve` over HTTP. All of it takes about seven minutes.
 
 TTFT is counted from when a request was due. `steps` compares seconds of the steps the real run took with what the
 fitted cost says of these very plans: the part of an error that comes from the cost and not from the queue.
@@ -26,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from fidelity_engine import TEMPERATURE, engine_flags, engine_of, options_of, serve, warm_up
-from fidelity_report import compare, print_quality, print_workload, step_error, summary
+from fidelity_report import compare, doubts, print_quality, print_workload, step_error, summary
 from fidelity_requests import SHAPES, Listed, Shape, Timed, make_requests, small_pool
 from fidelity_server import Client, client_of, outside_seconds
 from fidelity_weather import Climate, Weather, expose, learn
@@ -88,23 +90,26 @@ class Bench:
         capacity = rows[0]["capacity"]
         for load in self.args.loads or shape.loads:
             rate = load * capacity
-            rows.append(self.workload(shape, self.requests(shape, rate * self.args.seconds, rate), load))
-            rows[-1] |= {"rate": rate, "capacity": capacity}
+            rows.append(self.workload(shape, self.requests(shape, rate * self.args.seconds, rate), load, rate))
+            rows[-1] |= {"capacity": capacity}
         return rows
 
-    def workload(self, shape: Shape, requests: list[Timed], load: float | None) -> dict[str, Any]:
+    def workload(
+        self, shape: Shape, requests: list[Timed], load: float | None, rate: float | None = None
+    ) -> dict[str, Any]:
         """Real runs, the simulated one and those under the weather of each real run, and how they compare."""
         served = [serve(self.engine, requests) for _ in range(self.args.runs)]
         runs, weathers = [run.metrics() for run in served], [Weather.of(run.probes, self.climate) for run in served]
         simulated = self.simulate(requests)
         row = {
             "name": f"{shape.name}, " + ("at once" if load is None else f"load {load:g}"), "shape": asdict(shape),
-            "load": load, "num_requests": len(requests), "num_gpu_blocks": self.options.num_gpu_blocks,
+            "load": load, "rate": rate, "num_requests": len(requests), "num_gpu_blocks": self.options.num_gpu_blocks,
             "compared": compare(runs, simulated, [self.simulate(requests, weather) for weather in weathers]),
             "steps": [step_error(self.cost, run.notes) for run in served],
             "slowdown": [weather.mean for weather in weathers], "runs": runs,
             "noise": [asdict(run.noise) | {"noisy": run.noise.noisy} for run in served], "simulated": simulated,
         }  # fmt: skip
+        row["doubts"] = doubts(row)
         print_workload(row)
         return row
 
@@ -120,7 +125,7 @@ class Bench:
             for load in self.args.loads or shape.loads:
                 rate = load * capacity
                 requests = self.requests(shape, rate * self.args.seconds, rate)
-                rows.append(self.over_http(client, shape, requests, load, outside) | {"rate": rate})
+                rows.append(self.over_http(client, shape, requests, (load, rate), outside))
         return rows
 
     def outside(self, client: Client, shape: Shape) -> float:
@@ -130,17 +135,19 @@ class Bench:
         return outside_seconds(client.idle_latencies(requests), predicted)
 
     def over_http(
-        self, client: Client, shape: Shape, requests: list[Timed], load: float, outside: float
+        self, client: Client, shape: Shape, requests: list[Timed], load_and_rate: tuple[float, float], outside: float
     ) -> dict[str, Any]:
+        load, rate = load_and_rate
         served = [client.serve(requests) for _ in range(self.args.runs)]
         runs = [run.metrics() for run in served]
         simulated = self.simulate(requests, outside=outside)
         row = {
-            "name": f"server, {shape.name}, load {load:g}", "shape": asdict(shape), "load": load,
+            "name": f"server, {shape.name}, load {load:g}", "shape": asdict(shape), "load": load, "rate": rate,
             "num_requests": len(requests), "request_latency_ms": 1e3 * outside, "compared": compare(runs, simulated),
             "steps": [], "runs": runs, "noise": [asdict(run.noise) | {"noisy": run.noise.noisy} for run in served],
             "simulated": simulated,
         }  # fmt: skip
+        row["doubts"] = doubts(row)
         print_workload(row)
         return row
 
@@ -200,8 +207,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=None, help="model folder; default: the bundled model")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--part", nargs="+", choices=("engine", "server"), default=["engine", "server"])
-    parser.add_argument("--runs", type=int, default=3, help="real runs of each workload")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals in each; a third when all at once")
+    parser.add_argument("--runs", type=int, default=2, help="real runs of each workload")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of arrivals in each; a third when all at once")
     parser.add_argument("--calibrate-seconds", type=float, default=45.0)
     parser.add_argument("--cost-file", default=None, help="a fitted cost of this machine, instead of calibrating")
     parser.add_argument("--save-cost-file", default=None, help="keep the fitted cost here")
@@ -209,7 +216,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], help="only these")
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--workloads", dest="shapes", nargs="+", choices=names, help="only these; default: all")
     parser.add_argument("--quick", action="store_true", help="does it run? Seconds, and figures that say little")
     parser.add_argument("--output", type=Path, default=None, help="JSON file; default: in benchmarks/results/")
     parser.add_argument("--no-save", action="store_true", help="print only")

@@ -33,8 +33,10 @@ class RequestStatus(enum.IntEnum):
         return self > RequestStatus.PREEMPTED
 
 
-_LAST_UNFINISHED = RequestStatus.PREEMPTED
+LAST_UNFINISHED = RequestStatus.PREEMPTED
 """Looked up once: members of an enumeration are slow to reach, and this is asked for every token."""
+
+_NO_LIMIT = 2**62
 
 FINISH_REASONS = {
     RequestStatus.FINISHED_STOPPED: "stop",
@@ -110,6 +112,8 @@ class Request:
     arrival_index: how many requests its scheduler was given before it and with it; children have their parent's.
     queued_time, scheduled_time: seconds on the core's clock when it was queued and first admitted; None before.
     times_told: whether its news has told these two.
+    length_limit: at how many tokens it ends, by `max_tokens` or the context.
+    quiet_until: up to so many computed tokens it only fills the last block it has; the block manager's note.
     """
 
     __slots__ = (
@@ -119,7 +123,7 @@ class Request:
         "num_cached_tokens", "num_output_placeholders", "spec_token_ids", "num_preemptions", "epoch", "stop_reason",
         "error", "waiting_reason", "waiting_detail", "block_hashes", "stop_ids", "new_to_worker",
         "unborn_ids", "sample_index", "bad_words_token_ids", "tenant", "arrival_index",
-        "queued_time", "scheduled_time", "times_told", "_tokens_may_stop",
+        "queued_time", "scheduled_time", "times_told", "length_limit", "quiet_until", "_tokens_may_stop",
     )  # fmt: skip
 
     def __init__(
@@ -187,6 +191,12 @@ class Request:
         self.queued_time: float | None = None
         self.scheduled_time: float | None = None
         self.times_told = False
+        self.length_limit = self._length_limit()
+        self.quiet_until = 0
+
+    def _length_limit(self) -> int:
+        by_context = _NO_LIMIT if self.max_model_len is None else self.max_model_len
+        return by_context if self.max_tokens is None else min(by_context, self.num_prompt_tokens + self.max_tokens)
 
     def bear_children(self) -> list["Request"]:
         """The requests that part from this one now; each is to get its own first token. Asked once."""
@@ -240,7 +250,7 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
-        return self.status > _LAST_UNFINISHED
+        return self.status > LAST_UNFINISHED
 
     @property
     def finish_reason(self) -> str | None:
@@ -249,26 +259,24 @@ class Request:
 
     def ends_with_placeholders(self) -> bool:
         """Whether the tokens that are being sampled bring it to a limit of length, whatever they are."""
-        pending = self.num_output_placeholders
-        return (self.max_tokens is not None and len(self.output_token_ids) + pending >= self.max_tokens) or (
-            self.max_model_len is not None and self.num_tokens + pending >= self.max_model_len
-        )
+        return self.num_tokens + self.num_output_placeholders >= self.length_limit
 
     def append_output_token(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
         self.all_token_ids.append(token_id)
         self.num_tokens += 1
 
-    def maybe_finish(self) -> bool:
-        """Check the newest token: end of sequence first, then stop ids, then length (so a tie is 'stop').
+    def append_and_check(self, token_id: int) -> bool:
+        """Whether this token is the last: end of sequence first, then stop ids, then length (so a tie is 'stop').
 
         Neither end of sequence nor stop ids count among the first `min_tokens`.
         """
-        if self._tokens_may_stop and self._stops_at(self.all_token_ids[-1]):
+        self.output_token_ids.append(token_id)
+        self.all_token_ids.append(token_id)
+        self.num_tokens += 1
+        if self._tokens_may_stop and self._stops_at(token_id):
             self.status = RequestStatus.FINISHED_STOPPED
-        elif (self.max_tokens is not None and len(self.output_token_ids) >= self.max_tokens) or (
-            self.max_model_len is not None and self.num_tokens >= self.max_model_len
-        ):
+        elif self.num_tokens >= self.length_limit:
             self.status = RequestStatus.FINISHED_LENGTH_CAPPED
         else:
             return False

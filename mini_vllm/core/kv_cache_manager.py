@@ -64,8 +64,6 @@ class KVCacheManager:
         self.prefix_cache_hits = 0
         self._tables: dict[str, tuple[list[KVCacheBlock], ...]] = {}
         self._num_cached_blocks: dict[str, int] = {}
-        self._quiet_until: dict[str, int] = {}
-        """Up to so many tokens a request only fills its last block: none to take, none that becomes full."""
         self._newest = UnconfirmedPlan()
         self._unconfirmed: dict[int, UnconfirmedPlan] = {0: self._newest}
         """By step, oldest first."""
@@ -151,33 +149,35 @@ class KVCacheManager:
         """
         num_written = request.num_computed_tokens + num_external_computed_tokens + num_new_tokens
         num_slots = num_written + num_lookahead_tokens
-        if new_computed_blocks is None and num_slots <= self._quiet_until.get(request.request_id, 0):
+        if num_slots <= request.quiet_until:
             return self._no_new_blocks
         tables = self._tables.get(request.request_id)
-        if tables is not None and not new_computed_blocks and len(tables[0]) * self.block_size >= num_slots:
+        if tables is None or new_computed_blocks:
+            new_ids = self._grow(request.request_id, num_slots, new_computed_blocks or self._no_hits())
+        elif len(tables[0]) * self.block_size >= num_slots:
             new_ids = self._no_new_blocks
         else:
-            grown = self._grow(request.request_id, num_slots, new_computed_blocks or self._no_hits())
-            if grown is None:
-                return None
-            new_ids = grown
+            new_ids = self._extend(tables, -(-num_slots // self.block_size) - len(tables[0]))
+        if new_ids is None:
+            return None
         if self.enable_caching and not delay_cache_blocks:
             self._cache_written(request, min(num_written, request.num_tokens))
-        self._note_quiet(request.request_id)
+        self._note_quiet(request)
         return new_ids
 
-    def _note_quiet(self, request_id: str) -> None:
-        """What was noted before stays true as long as the request lives: tables only grow, full blocks stay full."""
-        quiet = len(self._tables[request_id][0]) * self.block_size
+    def _note_quiet(self, request: Request) -> None:
+        """Up to how many tokens there is no block to take, and none that becomes full. It stays true until the request
+        is freed: tables only grow, full blocks stay full."""
+        quiet = len(self._tables[request.request_id][0]) * self.block_size
         if self.enable_caching:
-            quiet = min(quiet, (self._num_cached_blocks[request_id] + 1) * self.block_size - 1)
-        self._quiet_until[request_id] = quiet
+            quiet = min(quiet, (self._num_cached_blocks[request.request_id] + 1) * self.block_size - 1)
+        request.quiet_until = quiet
 
     def _grow(self, request_id: str, num_slots: int, hits: ComputedBlocks) -> BlockIds | None:
         tables = self._tables.get(request_id) or tuple([] for _ in range(self.num_groups))
         missing = max(-(-num_slots // self.block_size) - len(tables[0]) - len(hits[0]), 0)
         revived = sum([block.ref_cnt == 0 for group in hits for block in group])
-        if missing * self.num_groups + revived > self.block_pool.get_num_free_blocks():
+        if missing * self.num_groups + revived > self.block_pool.free_queue.num_free_blocks:
             return None
         for table, group_hits in zip(tables, hits, strict=True):
             self.block_pool.touch(group_hits)
@@ -185,6 +185,12 @@ class KVCacheManager:
         if request_id not in self._tables:
             self._tables[request_id] = tables
             self._num_cached_blocks[request_id] = len(hits[0])
+        return self._extend(tables, missing)
+
+    def _extend(self, tables: ComputedBlocks, missing: int) -> BlockIds | None:
+        """`missing` blocks more for each table; None, and nothing changed, if they are not there."""
+        if missing * self.num_groups > self.block_pool.free_queue.num_free_blocks:
+            return None
         return tuple([self._append_blocks(table, missing) for table in tables])
 
     def _append_blocks(self, table: list[KVCacheBlock], count: int) -> list[int]:
@@ -206,7 +212,7 @@ class KVCacheManager:
         for table in tables:
             self.block_pool.free_blocks(reversed(table))
         del self._num_cached_blocks[request.request_id]
-        self._quiet_until.pop(request.request_id, None)
+        request.quiet_until = 0
         for plan in self._unconfirmed.values():
             plan.deferred.pop(request.request_id, None)
 

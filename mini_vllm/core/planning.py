@@ -1,6 +1,8 @@
-"""Entries of the plan: how one is made for a request the worker does not know, and how one is taken back."""
+"""Entries of the plan: made for a request the worker does not know, taken back, and laid beside their results."""
 
-from mini_vllm.core.scheduler_output import BlockIds, NewRequestData, SchedulerOutput
+from collections.abc import Sequence
+
+from mini_vllm.core.scheduler_output import BlockIds, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from mini_vllm.request import Request
 
 
@@ -40,3 +42,12 @@ def unschedule(request_id: str, plan: SchedulerOutput) -> int:
     del cached.num_computed_tokens[index]
     cached.new_block_ids.pop(request_id, None)
     return num_tokens
+
+
+def in_plan_order(plan: SchedulerOutput, result: ModelRunnerOutput) -> Sequence[list[int]]:
+    """The tokens sampled for each entry of the plan, whatever rows the worker had them in."""
+    planned = list(plan.epochs)
+    if result.req_ids == planned:
+        return result.sampled_token_ids
+    sampled = dict(zip(result.req_ids, result.sampled_token_ids, strict=True))
+    return [sampled.get(request_id, []) for request_id in planned]

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from mini_vllm.config import SchedulerConfig
 from mini_vllm.core.interfaces import AdmissionRule
 from mini_vllm.core.kv_cache_manager import KVCacheManager
-from mini_vllm.core.planning import new_request_data, unschedule
+from mini_vllm.core.planning import in_plan_order, new_request_data, unschedule
 from mini_vllm.core.policy import make_queue, make_victim_picker
-from mini_vllm.core.reporting import DEFERRED, news_of, note_head, times_of, waiting_reasons
+from mini_vllm.core.reporting import DEFERRED, news_of, note_head, outgrown, times_of, waiting_reasons
 from mini_vllm.core.scheduler_output import (
     BlockCopy,
     BlockIds,
@@ -164,29 +164,45 @@ class Scheduler:
 
     def _schedule_running(self, plan: SchedulerOutput, budget: int) -> int:
         """First pass: those already running, in order of admission. Returns the budget left."""
-        running = RequestStatus.RUNNING
+        cached, scheduled, epochs = plan.cached_reqs, plan.num_scheduled_tokens, plan.epochs
+        must_ask = bool(self.rules) or self.config.async_scheduling
         for request in tuple(self.running):
             if budget == 0:
                 break
-            if request.status is not running:
-                continue  # gave way to a request before it
-            num_new, _ = self._clamp(request, request.num_computed_tokens, budget)
-            if num_new == 0:
+            start = request.num_computed_tokens
+            is_plain = start < request.quiet_until and request.num_tokens - start == 1 and not request.unborn_ids
+            if not is_plain or must_ask or request.spec_token_ids:
+                budget = self._schedule_one(request, plan, budget)
                 continue
-            block_ids = self.kv.allocate_slots(request, num_new)
-            while block_ids is None:
-                if not self.kv.can_ever_fit(request.num_tokens):
-                    self._fail(request, self._outgrown(request))
-                    break
-                victim = self._pick_victim(self.running)
-                budget += self._preempt(victim, plan)
-                if victim is request:
-                    break
-                block_ids = self.kv.allocate_slots(request, num_new)
-            if block_ids is not None:
-                self._commit_running(request, num_new, block_ids, plan)
-                budget -= num_new
+            # One token into a block that it has: most of what is ever scheduled, hence written out.
+            request_id = request.request_id
+            cached.req_ids.append(request_id)
+            cached.num_computed_tokens.append(start)
+            scheduled[request_id] = 1
+            epochs[request_id] = request.epoch
+            request.num_computed_tokens = start + 1
+            budget -= 1
         return budget
+
+    def _schedule_one(self, request: Request, plan: SchedulerOutput, budget: int) -> int:
+        """Give a running request what it may have, others giving way if need be. Returns the budget left."""
+        if request.status is not RequestStatus.RUNNING:
+            return budget  # gave way to a request before it
+        num_new, _ = self._clamp(request, request.num_computed_tokens, budget)
+        if num_new == 0:
+            return budget
+        block_ids = self.kv.allocate_slots(request, num_new)
+        while block_ids is None:
+            if not self.kv.can_ever_fit(request.num_tokens):
+                self._fail(request, outgrown(request, self.kv))
+                return budget
+            victim = self._pick_victim(self.running)
+            budget += self._preempt(victim, plan)
+            if victim is request:
+                return budget
+            block_ids = self.kv.allocate_slots(request, num_new)
+        self._commit_running(request, num_new, block_ids, plan)
+        return budget - num_new
 
     def _schedule_waiting(self, plan: SchedulerOutput, budget: int) -> int:
         """Second pass: admit from the head of the queue until something runs out. Returns the budget left."""
@@ -199,7 +215,7 @@ class Scheduler:
                 break
             request = self.waiting.peek()
             if not self.kv.can_ever_fit(request.num_tokens):
-                self._fail(request, self._outgrown(request))
+                self._fail(request, outgrown(request, self.kv))
                 continue
             blocks, num_cached = self.kv.get_computed_blocks(request)
             num_new, why = self._clamp(request, num_cached, budget)
@@ -357,13 +373,6 @@ class Scheduler:
         for request in [request for request in reversed(self.running) if request.new_to_worker]:
             self._to_waiting(request)
 
-    def _outgrown(self, request: Request) -> str:
-        needed, there = self.kv.num_blocks_for(request.num_tokens), self.kv.block_pool.num_usable_blocks
-        return (
-            f"the request has {request.num_tokens} tokens and needs {needed} KV cache blocks of "
-            f"{self.kv.block_size} tokens, but the whole pool has {there}"
-        )
-
     # -- results -----------------------------------------------------------------------------------------
 
     @staticmethod
@@ -380,19 +389,14 @@ class Scheduler:
                 self._fail(request, message)
         self.kv.confirm_step(plan.step_id)
         outputs = self._bear_children(plan, result) if plan.forks else []
-        any_finished = False
-        requests = self.requests
-        sampled = dict(zip(result.req_ids, result.sampled_token_ids, strict=True))
-        for request_id, epoch in plan.epochs.items():  # in the plan's order, whatever rows the worker had them in
-            request, token_ids = requests.get(request_id), sampled.get(request_id) or []
+        requests, num_unfinished = self.requests, len(self.requests)
+        for (request_id, epoch), token_ids in zip(plan.epochs.items(), in_plan_order(plan, result), strict=True):
+            request = requests.get(request_id)
             if request is None or request.epoch != epoch:
                 continue
-            if not token_ids and request_id not in result.prompt_logprobs:
-                continue
-            news = self._append_tokens(request, token_ids, result)
-            any_finished |= news.finish_reason is not None
-            outputs.append(news)
-        if any_finished:
+            if token_ids or request_id in result.prompt_logprobs:
+                outputs.append(self._append_tokens(request, token_ids, result))
+        if len(requests) < num_unfinished:
             self._drop_finished_from_running()
         outputs += self._failures
         self._failures = []
@@ -405,17 +409,16 @@ class Scheduler:
         return request
 
     def _append_tokens(self, request: Request, token_ids: list[int], result: ModelRunnerOutput) -> EngineCoreOutput:
-        num_kept = 0
-        for token_id in token_ids:
-            request.append_output_token(token_id)
-            num_kept += 1
+        for num_kept, token_id in enumerate(token_ids, start=1):
+            is_last = request.append_and_check(token_id)
             if request.num_output_placeholders:
                 request.num_output_placeholders -= 1
                 self.kv.cache_known(request)
-            if request.maybe_finish():
+            if is_last:
                 self._finish(request, request.status)
+                token_ids = token_ids[:num_kept]
                 break
-        news = news_of(request, token_ids[:num_kept])
+        news = news_of(request, token_ids)
         if result.logprobs:
             news.logprobs = result.logprobs.get(request.request_id)
         if result.prompt_logprobs:

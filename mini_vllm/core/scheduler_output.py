@@ -138,9 +138,12 @@ class ModelRunnerOutput:
     expert_load: list[list[int]] | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class EngineCoreOutput:
-    """News of one request for the shell that owns its text."""
+    """News of one request for the shell that owns its text.
+
+    Without slots, so that what is not said needs no room: it is the default, which the class has. See `news_of`.
+    """
 
     request_id: str
     new_token_ids: list[int] = field(default_factory=list)

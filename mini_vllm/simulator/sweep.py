@@ -121,12 +121,12 @@ class SweepResult:
 
     def knees(self, figure: str = "p99_ttft_ms") -> list[str]:
         """Where `figure` bends along every load that was swept, in words."""
-        found = []
+        found, unit = [], " ms" if figure.endswith("_ms") else ""
         for name in [axis.name for axis in self.axes if axis.name in LOADS and len(axis.values) >= 3]:
             for others, points in self.series(name):
                 pairs = [(float(p.values[name]), p.metrics[figure]) for p in points if p.metrics[figure] is not None]
                 knee = find_knee([x for x, _ in pairs], [y for _, y in pairs]) if len(pairs) >= 3 else None
-                where = f"at {name}={knee.x:g}, where it is {knee.y:,.4g}" if knee else "not among these loads"
+                where = f"at {name}={knee.x:g}, where it is {knee.y:,.4g}{unit}" if knee else "not among these loads"
                 found.append(f"knee of {figure}{f' with {others}' if others else ''}: {where}")
         return found
 

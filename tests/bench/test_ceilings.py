@@ -96,3 +96,15 @@ def test_a_small_working_set_is_measured_over_a_buffer_of_its_size(
     found = ceilings.measure_ceilings("float32", 3 * MIB + 1)
     assert found.working_set is not None and found.working_set.buffer_bytes == 4 * MIB
     assert set(found.as_dict()) >= {"read_gb_s", "read_source", "memory", "working_set", "gemm", "threads"}
+
+
+def test_numbers_that_kernels_widen_have_the_ceiling_of_what_they_are_widened_to(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"bfloat16": 5.0, "float32": 90.0}
+    monkeypatch.setattr(ceilings, "_square_products", lambda dtype: GemmRate(rates[dtype], dtype, 64))
+    assert ceilings.gemm_rate("bfloat16", 1) == GemmRate(90.0, "float32", 64)
+    ceilings.gemm_rate.cache_clear()
+    rates["bfloat16"] = 300.0  # a CPU with instructions for it
+    assert ceilings.gemm_rate("bfloat16", 1) == GemmRate(300.0, "bfloat16", 64)
+    ceilings.gemm_rate.cache_clear()

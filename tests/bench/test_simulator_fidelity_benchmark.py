@@ -45,6 +45,23 @@ def test_the_cost_is_compared_with_the_steps_that_were_taken() -> None:
     assert found == pytest.approx({"total_error_percent": -25.0, "median_error_percent": 0.0})
 
 
+def test_a_workload_that_is_not_what_it_is_called_is_doubted() -> None:
+    from fidelity_report import doubts
+
+    def row(load: float, pool: float | None = None, shared: float = 0.0, **run: float) -> dict[str, Any]:
+        runs = [{"num_preemptions": 3, "prefix_hit_rate": 0.5, "request_throughput": 4.0} | run] * 2
+        return {"load": load, "rate": 5.0, "shape": {"pool": pool, "shared": shared}, "runs": runs}
+
+    assert not doubts(row(1.3, pool=0.3, shared=0.25))
+    assert not doubts(row(0.4, num_preemptions=0, prefix_hit_rate=0.0, request_throughput=5.0))
+    (found,) = doubts(row(0.9, pool=0.3, num_preemptions=0))
+    assert "nobody was preempted" in found
+    (found,) = doubts(row(0.6, shared=0.25, prefix_hit_rate=0.0))
+    assert "no prefix" in found
+    (found,) = doubts(row(1.3, request_throughput=5.0))
+    assert "kept up: 5.00 requests/s of 5.00" in found
+
+
 def test_both_sides_are_given_the_same_requests() -> None:
     from fidelity_requests import SHAPES, Listed, make_requests
 
@@ -71,8 +88,28 @@ def test_a_small_pool_holds_any_request_but_not_a_full_batch() -> None:
 
     shape = SHAPES[3]
     assert small_pool(shape, SimulationOptions(max_num_seqs=1), 1024) == 65
-    # a third of 64 x ((16 + 256) / 2 + (96 + 256) / 2) tokens, and the null block
-    assert small_pool(shape, SimulationOptions(max_num_seqs=64), 1024) == 417
+    # a sixteenth of 256 x ((16 + 256) / 2 + (64 + 128) / 2) tokens, and the null block
+    assert small_pool(shape, SimulationOptions(max_num_seqs=256), 1024) == 233
+
+
+def test_at_load_the_small_pool_preempts_and_shared_prefixes_are_found() -> None:
+    """What the names promise, by the simulator: a machine of about 5 ms a step, eight seconds of arrivals."""
+    from fidelity_requests import SHAPES, Listed, make_requests, small_pool
+
+    from mini_vllm.simulator.cost import TwoConstantCost
+    from mini_vllm.simulator.driver import simulate
+    from mini_vllm.simulator.options import SimulationOptions
+
+    def figures(number: int, rate: float, num_blocks: int) -> dict[str, Any]:
+        requests = make_requests(SHAPES[number], round(8 * rate), rate, 1024, range(100), seed=0)
+        options = SimulationOptions(num_gpu_blocks=num_blocks, max_num_seqs=64, max_model_len=1024)
+        return simulate(options, Listed(requests), TwoConstantCost(0.004, 0.0002)).metrics()
+
+    pool = small_pool(SHAPES[3], SimulationOptions(max_num_seqs=64), 1024)
+    assert figures(3, 6.5, pool)["num_preemptions"] > 0
+    assert figures(3, 6.5, 5000)["num_preemptions"] == 0, "it is the pool"
+    assert figures(2, 6.5, 5000)["token_prefix_hit_rate"] > 0.5
+    assert figures(0, 6.5, 5000)["token_prefix_hit_rate"] == 0
 
 
 def test_requests_are_added_when_due_and_served_to_their_end() -> None:
@@ -153,7 +190,7 @@ def test_quick_run_compares_every_workload_and_names_no_path_of_this_machine(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(path.read_text())
     rows = {row["name"]: row for row in report["workloads"]}
-    assert len(rows) == 15 and "mixed, load 1.3" in rows and "server, mixed, load 0.6" in rows
+    assert len(rows) == 13 and "mixed, load 1.3" in rows and "server, mixed, load 0.8" in rows
     assert report["calibration"]["quality"]["num_steps"] > 30
     for row in rows.values():
         assert all(found["real"] > 0 and found["simulated"] > 0 for found in row["compared"].values())
@@ -163,5 +200,8 @@ def test_quick_run_compares_every_workload_and_names_no_path_of_this_machine(tmp
         )
     assert rows["small pool, at once"]["runs"][0]["num_preemptions"] > 0
     assert rows["small pool, at once"]["simulated"]["num_preemptions"] > 0
-    assert rows["shared prefixes, at once"]["simulated"]["prefix_cache_hits"] > 0
+    for name in ("shared prefixes, at once", "shared prefixes, load 0.6"):
+        assert rows[name]["simulated"]["prefix_cache_hits"] > 0
+        assert all(run["prefix_hit_rate"] > 0 for run in rows[name]["runs"])
+    assert all(row["doubts"] == [] or row["load"] is not None for row in rows.values())
     assert str(BENCHMARKS.parent) not in path.read_text() and str(tmp_path) not in path.read_text()

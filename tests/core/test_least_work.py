@@ -82,10 +82,8 @@ def test_of_the_tenant_served_most_the_one_with_least_work_gives_way() -> None:
 def test_it_saves_work_where_lengths_differ(preemption_policy: str) -> None:
     """The latest has a long prompt, the one before it hardly anything: giving up the short one costs less."""
     scheduler = make_scheduler(num_blocks=16, preemption_policy=preemption_policy, enable_caching=False)
-    requests = [make_request(*spec) for spec in (("first", 4), ("short", 4), ("long", 36))]
-    for request in requests:
-        request.max_tokens = 9
-        scheduler.add_request(request)
+    for spec in (("first", 4), ("short", 4), ("long", 36)):
+        scheduler.add_request(make_request(*spec, max_tokens=9))
     preempted, total = [], 0
     while scheduler.has_unfinished_requests():
         plan = run_step(scheduler)

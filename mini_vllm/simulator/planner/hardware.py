@@ -182,7 +182,7 @@ def measured_hardware(dtype: str, working_set_bytes: int) -> Hardware:
         flops={"bfloat16" if dtype == "float16" else dtype: ceilings.gemm.gflop_s * 1e9},
         link=LINKS["memory"],
         source=f"measured: {ceilings.read_source} read by {ceilings.memory.kernel}, {ceilings.gemm.size}^2 product in "
-        f"{dtype}, {ceilings.threads} threads on {ceilings.device}",
+        f"{ceilings.gemm.dtype}, {ceilings.threads} threads on {ceilings.device}",
         measured=True,
         packs_weights=current_platform.device_type == "cpu",
         details={"others_share": f"{ceilings.others_share}"},

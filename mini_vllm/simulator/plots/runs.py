@@ -15,6 +15,7 @@ from mini_vllm.simulator.plots.style import (
     PURPLE,
     RED,
     Picture,
+    counts,
     drawn,
     from_zero,
     label,
@@ -32,6 +33,7 @@ _SECONDS = "simulated time (s)"
 _HIT_BINS = 40
 _STACK_BINS = 120
 _MAX_MARKS = 80
+_LITTLE_USED = 0.2
 
 
 def run_pictures(result: SimulationResult, slo: SLO | None = None) -> list[Picture]:
@@ -60,13 +62,12 @@ def timelines(result: SimulationResult) -> Picture:
     label(axes[2], _SECONDS, "of the pool", "KV cache in use")
     for axis in axes[:2]:
         from_zero(axis, 1.15)
-        thousands(axis.yaxis)
+        counts(axis.yaxis)
     most = result.options.max_num_seqs
     if most <= 1.5 * axes[1].get_ylim()[1]:
         axes[1].set_ylim(0, max(axes[1].get_ylim()[1], 1.2 * most))
         limit(axes[1], most, f"max_num_seqs {most}")
-    axes[2].set_ylim(0, 1.12)
-    percent(axes[2].yaxis)
+    _pool_scale(axes[2], max(replica.max_kv_cache_usage for replica in result.replicas))
     if several:
         legend(axes[0], ncols=4)
     handles, names = axes[2].get_legend_handles_labels()
@@ -78,6 +79,16 @@ def timelines(result: SimulationResult) -> Picture:
         "cache is full, memory is what is missing, and while it is not, compute or max_num_seqs is."
     )
     return Picture("timelines", "Queue, batch and KV cache over time", reading, figure)
+
+
+def _pool_scale(axis: Any, most: float) -> None:
+    """The whole pool, unless next to nothing of it was used: then a line along the bottom would say nothing."""
+    if most >= _LITTLE_USED:
+        axis.set_ylim(0, 1.12)
+    else:
+        axis.set_ylim(0, max(1.3 * most, 1e-4))
+        axis.set_title(f"KV cache in use (at most {most:.1%} of the pool)", loc="left")
+    percent(axis.yaxis, decimals=0 if most >= _LITTLE_USED else 1)
 
 
 def _steps(axis: Any, line: Timeline, values: NDArray[np.float64], colour: str, name: str, fill: bool = False) -> None:

@@ -160,16 +160,24 @@ def say_ms(value: float) -> str:
     return f"{value:.3g} ms" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} µs"
 
 
-def percent(axis: Any) -> None:
+def percent(axis: Any, decimals: int = 0) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
 
 
 def thousands(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def counts(axis: Any) -> None:
+    """Ticks at whole numbers only: there are no halves of what is counted."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    thousands(axis)
 
 
 def load_scale(axis: "Axes", loads: Sequence[float], wide: float = 100) -> None:

@@ -111,14 +111,15 @@ def throughput_against_latency(result: SweepResult, gain: str = "output_throughp
     costs = [float(point.metrics[cost]) for point in points]
     front = pareto_front(gains, costs)
     rest = [i for i in range(len(points)) if i not in set(front)]
-    axis.plot([costs[i] for i in rest], [gains[i] for i in rest], "o", color="#b9b9b9", label="beaten by another")
+    if rest:
+        axis.plot([costs[i] for i in rest], [gains[i] for i in rest], "o", color="#b9b9b9", label="beaten by another")
     axis.plot([costs[i] for i in front], [gains[i] for i in front], "o-", color=GREEN, label="Pareto front")
     named: set[tuple[str, str]] = set()
     for place in sorted({round(k * (len(front) - 1) / (_MAX_LABELS - 1)) for k in range(_MAX_LABELS)}):
         i = front[place]
         where = (f"{costs[i]:.2g}", f"{gains[i]:.2g}")
         if where not in named:
-            _name_point(axis, costs[i], gains[i], points[i])
+            _name_point(axis, costs[i], gains[i], points[i], at_the_bottom=gains[i] < 0.07 * max(gains))
             named.add(where)
     if costs and min(costs) > 0 and max(costs) / min(costs) > 20:
         axis.set_xscale("log")
@@ -135,9 +136,11 @@ def throughput_against_latency(result: SweepResult, gain: str = "output_throughp
     return Picture("throughput_against_latency", "What throughput costs in latency", reading, figure)
 
 
-def _name_point(axis: Any, x: float, y: float, point: SweepPoint) -> None:
+def _name_point(axis: Any, x: float, y: float, point: SweepPoint, at_the_bottom: bool) -> None:
     text = "\n".join(f"{_SHORT.get(key, key + '=')}{value}" for key, value in point.values.items())
-    axis.annotate(text, (x, y), xytext=(6, -4), textcoords="offset points", fontsize=8, color=GREY, va="top")
+    beside = (9, 0) if at_the_bottom else (6, -4)
+    side = "center" if at_the_bottom else "top"
+    axis.annotate(text, (x, y), xytext=beside, textcoords="offset points", fontsize=8, color=GREY, va=side)
 
 
 _SHORT = {

@@ -75,6 +75,10 @@ figcaption { margin-top: .5rem; color: var(--soft); max-width: 56rem; }
 figcaption strong { color: var(--ink); }
 ul.files { padding-left: 1.1rem; }
 a { color: inherit; }
+@media (max-width: 40rem) {
+  tbody th { white-space: normal; }
+  th, td { padding-right: .7rem; }
+}
 @media print { figure { break-inside: avoid; } }
 """
 
