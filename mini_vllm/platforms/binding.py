@@ -68,7 +68,8 @@ def bind(threads: Iterable[int], cores: Iterable[int]) -> None:
 
 def _one_of_each_core_first(mask: list[int], root: Path) -> list[int]:
     seen: set[str] = set()
-    first, second = [], []
+    first: list[int] = []
+    second: list[int] = []
     for core in mask:
         path = root / _SIBLINGS.format(core)
         siblings = path.read_text(encoding="ascii").strip() if path.is_file() else str(core)

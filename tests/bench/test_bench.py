@@ -176,7 +176,9 @@ def test_with_async_scheduling_every_step_has_its_own_time(folder: Path, stops: 
         driver = Driver(used, temperature=0.0)
         if stops:  # ends that nobody can foresee, so that a step is in flight at the end
             params = driver._params
-            driver._params = lambda request, p=params: replace(p(request), ignore_eos=False, stop_token_ids=range(999))
+            driver._params = lambda request, p=params: replace(
+                p(request), ignore_eos=False, stop_token_ids=tuple(range(384))
+            )
         runs += [driver.run(requests), driver.run(requests)]
         assert not core_of(used)._in_flight
         used.shutdown()

@@ -19,7 +19,7 @@ MV_INLINE F32 exp2_of_negative(F32 x) {
   p = p * f + 0.24022242426872253f;
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
-  I32 power = (as<I32>(shifted) << 23) + 0x3f800000;
+  U32 power = (as<U32>(shifted) << 23) + 0x3f800000u;  // unsigned: where x is below -126 it runs over, and is not used
   F32 result = p * as<F32>(power);
   return x < -126.0f ? F32{} : result;
 }
