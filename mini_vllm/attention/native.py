@@ -67,18 +67,14 @@ class NativeMetadataBuilder:
 
     def __init__(self, spec: KVCacheSpec, device: torch.device) -> None:
         self.batch = _Batch()
-        self._latest: NativeMetadata | None = None
 
     def build(self, common: CommonAttentionMetadata) -> NativeMetadata:
-        if self._latest is not None and self._latest.common is common:
-            return self._latest  # the same places; what lies there is none of its business
         batch = self.batch
         batch.num_tokens, batch.num_reqs = common.num_actual_tokens, common.num_reqs
         batch.query_start_loc, batch.seq_lens = common.query_start_loc.data_ptr(), common.seq_lens.data_ptr()
         batch.block_table, batch.block_table_stride = common.block_table.data_ptr(), common.block_table.stride(0)
         batch.slot_mapping, batch.causal = common.slot_mapping.data_ptr(), common.causal
-        self._latest = NativeMetadata(common.num_actual_tokens, batch, ctypes.addressof(batch), common)
-        return self._latest
+        return NativeMetadata(common.num_actual_tokens, batch, ctypes.addressof(batch), common)
 
     def record(self, num_tokens: int) -> NativeMetadata:
         """Metadata to record a forward of `num_tokens` tokens with: replayed, it is that of the latest `build`."""
