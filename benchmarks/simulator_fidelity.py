@@ -7,7 +7,7 @@ figures are laid side by side; percentiles come from the same functions. Workloa
 knee, long prompts, prefixes shared in groups, and a pool so small that requests are preempted. Whether the real runs
 did what the name says is checked and recorded (`doubts`). Loads are fractions of the capacity that was measured for
 that shape of requests: what the engine serves when all are there at once. Part `server` sends the first workload to
-`mini-vllm serve` over HTTP. All of it takes about seven minutes.
+`mini-vllm serve` over HTTP. All of it takes four to five minutes.
 
 TTFT is counted from when a request was due. `steps` compares seconds of the steps the real run took with what the
 fitted cost says of these very plans: the part of an error that comes from the cost and not from the queue.
@@ -125,7 +125,7 @@ class Bench:
             for load in self.args.loads or shape.loads:
                 rate = load * capacity
                 requests = self.requests(shape, rate * self.args.seconds, rate)
-                rows.append(self.over_http(client, shape, requests, (load, rate), outside))
+                rows.append(self.over_http(client, shape, requests, load, rate, outside))
         return rows
 
     def outside(self, client: Client, shape: Shape) -> float:
@@ -135,9 +135,8 @@ class Bench:
         return outside_seconds(client.idle_latencies(requests), predicted)
 
     def over_http(
-        self, client: Client, shape: Shape, requests: list[Timed], load_and_rate: tuple[float, float], outside: float
+        self, client: Client, shape: Shape, requests: list[Timed], load: float, rate: float, outside: float
     ) -> dict[str, Any]:
-        load, rate = load_and_rate
         served = [client.serve(requests) for _ in range(self.args.runs)]
         runs = [run.metrics() for run in served]
         simulated = self.simulate(requests, outside=outside)

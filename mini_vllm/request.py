@@ -271,9 +271,7 @@ class Request:
 
         Neither end of sequence nor stop ids count among the first `min_tokens`.
         """
-        self.output_token_ids.append(token_id)
-        self.all_token_ids.append(token_id)
-        self.num_tokens += 1
+        self.append_output_token(token_id)
         if self._tokens_may_stop and self._stops_at(token_id):
             self.status = RequestStatus.FINISHED_STOPPED
         elif self.num_tokens >= self.length_limit:

@@ -38,8 +38,6 @@ class SamplingState:
         self.processors = ProcessorRows(history, processors)
         self.errors: dict[int, str] = {}
         """Of the last step: why the callables of a row of logits failed."""
-        self.is_idle = not processors
-        """Whether no row asks for anything but its next token: `edit`, `rescale` and `append` would do nothing."""
 
     def add(
         self,
@@ -63,7 +61,6 @@ class SamplingState:
             params = NEUTRAL
         self.processors.add(row, params)
         self.penalties.add(row, params)
-        self._look_for_work()
         return message
 
     def remove(self, row: int, moved_from: int | None) -> None:
@@ -74,10 +71,11 @@ class SamplingState:
         if moved_from is not None:
             for part in (self.draws, self.penalties, self.rules, self.processors):
                 part.move(moved_from, row)
-        self._look_for_work()
 
-    def _look_for_work(self) -> None:
-        self.is_idle = not (self.rules or self.processors or self.penalties)
+    @property
+    def is_idle(self) -> bool:
+        """Whether no row asks for anything but its next token: `edit`, `rescale` and `append` would do nothing."""
+        return not (self.rules or self.processors or self.penalties)
 
     def append(self, rows: Int64, token_ids: Int64) -> None:
         """One more output token for each of `rows`."""

@@ -163,8 +163,6 @@ class ModelRunner:
     @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> ModelRunnerOutput | None:
         """Obey a plan up to the logits. None when rows sample, so that `sample_tokens` is to follow."""
-        if self.captured is not None:
-            native.rouse_workers()  # they wake while the inputs are prepared
         self._pending = None
         self._follow(plan)
         if not plan.num_scheduled_tokens:

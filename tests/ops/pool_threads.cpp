@@ -26,7 +26,6 @@ void fill_and_sum(int64_t count) {
 
 void call_many(int rounds) {
   for (int round = 0; round < rounds; ++round) {
-    if (round % 7 == 0) mv::rouse_workers();
     fill_and_sum(1 + round % 40);
     if (round % 50 == 0) std::this_thread::sleep_for(std::chrono::microseconds(300));
   }

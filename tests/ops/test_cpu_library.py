@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -110,19 +109,6 @@ def test_every_item_runs_once_whatever_the_number_of_threads():
         library.set_num_threads(threads)
         assert library.library().mv_num_threads() == threads
         assert all(probe(n) == n * (n - 1) // 2 for n in (0, 1, 2, 3, 17, 1000) for _ in range(50))
-    library.set_num_threads(before)
-
-
-@native
-def test_workers_may_be_roused_at_any_time():
-    before = library.library().mv_num_threads()
-    library.set_num_threads(2)
-    for pause in (0.0, 0.002):  # awake and asleep
-        for _ in range(20):
-            time.sleep(pause)
-            library.rouse_workers()
-            time.sleep(pause)
-            assert probe(17) == 136
     library.set_num_threads(before)
 
 

@@ -78,18 +78,6 @@ def set_num_threads(count: int) -> None:
         loaded.mv_set_num_threads(count)
 
 
-def rouse_workers() -> None:
-    """Have the pool's sleeping threads look out for work that is about to come; waking them takes a while."""
-    rouse = _rouse()
-    if rouse is not None:
-        rouse()
-
-
-@functools.cache
-def _rouse() -> Any:
-    return function("mv_rouse_workers", []) if current_platform.device_type == "cpu" else None
-
-
 def choose_isa(asked: str, cpu_flags: frozenset[str]) -> str | None:
     """The level for a processor with these flags, or the one asked for; None for 'off'. Raises `ConfigError`."""
     if asked == "off":

@@ -85,10 +85,11 @@ def _pool_scale(axis: Any, most: float) -> None:
     """The whole pool, unless next to nothing of it was used: then a line along the bottom would say nothing."""
     if most >= _LITTLE_USED:
         axis.set_ylim(0, 1.12)
-    else:
-        axis.set_ylim(0, max(1.3 * most, 1e-4))
-        axis.set_title(f"KV cache in use (at most {most:.1%} of the pool)", loc="left")
-    percent(axis.yaxis, decimals=0 if most >= _LITTLE_USED else 1)
+        percent(axis.yaxis)
+        return
+    axis.set_ylim(0, max(1.3 * most, 1e-4))
+    axis.set_title(f"KV cache in use (at most {most:.1%} of the pool)", loc="left")
+    percent(axis.yaxis, decimals=1)
 
 
 def _steps(axis: Any, line: Timeline, values: NDArray[np.float64], colour: str, name: str, fill: bool = False) -> None:

@@ -34,7 +34,7 @@ inline void relax() {
 
 // By time, not by count: one pause takes 10 to 140 cycles, depending on the processor.
 using Clock = std::chrono::steady_clock;
-constexpr auto kSpinTime = std::chrono::microseconds(150);  // what lies between two stretches of a step
+constexpr auto kSpinTime = std::chrono::microseconds(60);
 constexpr auto kCallerSpinTime = std::chrono::microseconds(15);  // then it lends its core: a worker may have lost its own
 constexpr int kPausesPerLook = 16;                               // at the clock
 
@@ -75,7 +75,16 @@ class Pool {
       return;
     }
     inside_ = true;
-    publish(uint32_t(count), fn, context);
+    fn_.store(fn, std::memory_order_relaxed);
+    context_.store(context, std::memory_order_relaxed);
+    count_.store(uint32_t(count), std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    uint32_t epoch = uint32_t(ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+    ticket_.store(uint64_t(epoch) << 32);  // sequentially consistent, as is the sleepers' check below
+    if (sleepers_.load() > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_); }
+      wake_.notify_all();
+    }
     take_items();
     auto is_done = [&] { return done_.load(std::memory_order_acquire) == uint32_t(count); };
     if (!spin_until(is_done, kCallerSpinTime))
@@ -84,31 +93,11 @@ class Pool {
     busy_.unlock();
   }
 
-  // A job of no items: sleepers look at it and then, as after every job, wait for the next without sleeping.
-  void rouse() {
-    if (forked_ || inside_ || sleepers_.load() == 0 || !busy_.try_lock()) return;
-    publish(0, nullptr, nullptr);
-    busy_.unlock();
-  }
-
  private:
   static constexpr int64_t kMaxItems = int64_t(1) << 31;
 
   Pool() {
     pthread_atfork(nullptr, nullptr, [] { instance().forked_ = true; });
-  }
-
-  void publish(uint32_t count, ItemFn fn, void* context) {
-    fn_.store(fn, std::memory_order_relaxed);
-    context_.store(context, std::memory_order_relaxed);
-    count_.store(count, std::memory_order_relaxed);
-    done_.store(0, std::memory_order_relaxed);
-    uint32_t epoch = uint32_t(ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket_.store(uint64_t(epoch) << 32);  // sequentially consistent, as is the sleepers' check below
-    if (sleepers_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_); }
-      wake_.notify_all();
-    }
   }
 
   // What a thread has done it says once, when nothing is left: until then the job cannot be replaced.
@@ -185,7 +174,6 @@ struct Scratch {
 
 void set_num_threads(int count) { Pool::instance().resize(count); }
 int num_threads() { return Pool::instance().threads(); }
-void rouse_workers() { Pool::instance().rouse(); }
 void run_parallel(int64_t count, ItemFn fn, void* context) { Pool::instance().run(count, fn, context); }
 
 void* thread_scratch(ScratchSlot slot, size_t bytes) {
@@ -204,7 +192,6 @@ void* thread_scratch(ScratchSlot slot, size_t bytes) {
 
 MV_API int mv_abi_version() { return 1; }
 MV_API void mv_set_num_threads(int count) { mv::set_num_threads(count); }
-MV_API void mv_rouse_workers() { mv::rouse_workers(); }
 MV_API int mv_num_threads() { return mv::num_threads(); }
 
 // Sum of 0 .. count - 1, each added by an item of its own: shows that the pool runs every item once.

@@ -3,10 +3,9 @@
 // should be of similar cost, or the heavy ones first; results must not depend on it.
 //
 // A worker that sleeps through a job costs nothing: the caller waits only for items somebody took. Workers spin for a
-// moment (by the clock) after a job, since the next one is usually close, then sleep. Waking one takes dozens of
-// microseconds, so who is about to bring work may rouse_workers() before it is ready. A call while another thread uses
-// the pool, from inside an item, or in a child made by fork() (where the workers do not exist) runs its items on the
-// calling thread alone.
+// few dozen microseconds (by the clock) after a job, since the next one is usually close, then sleep. A call while
+// another thread uses the pool, from inside an item, or in a child made by fork() (where the workers do not exist) runs
+// its items on the calling thread alone.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +17,6 @@ using ItemFn = void (*)(void* context, int64_t index);
 
 void set_num_threads(int count);
 int num_threads();
-void rouse_workers();
 void run_parallel(int64_t count, ItemFn fn, void* context);
 
 template <class Fn>
