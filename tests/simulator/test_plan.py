@@ -166,6 +166,7 @@ def test_goals_are_the_largest_that_meet_them():
         ({"kv_cache_dtype": "int3"}, "kv_cache_dtype: must be one of auto"),
         ({"quantization": "magic"}, "quantization: must be one of none, fp8"),
         ({"gpu": "a1000"}, "gpu: no machine is called 'a1000'; did you mean a10"),
+        ({"gpu": "h100-80g"}, "gpu: no machine is called 'h100-80g'; did you mean h100"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_arithmetic(options, message):
