@@ -119,6 +119,6 @@ def preset_geometry(name: str) -> ModelGeometry:
 
 def nearest(name: str, known: list[str]) -> str:
     """'; did you mean ...' where something is near, else all there is."""
-    begun = [other for other in known if name.startswith(other)]  # 'h100-80g': more was said than there is to say
+    begun = [other for other in known if name.startswith(f"{other}-")]  # 'h100-80g': more was said than there is to say
     close = begun or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(known)}"
